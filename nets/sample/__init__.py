@@ -1,0 +1,1 @@
+"""Samplers: pure functions from parameters and keys to samples."""

@@ -1,0 +1,1 @@
+"""Optimisers and schedules in optax's protocol."""

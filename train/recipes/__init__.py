@@ -1,0 +1,1 @@
+"""One file a published system: `ls` is the table of contents."""

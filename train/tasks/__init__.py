@@ -1,0 +1,1 @@
+"""What a step minimises and an evaluation sums: one file a family."""
