@@ -7,4 +7,24 @@ if __name__ != "isthmus.data":  # imported from a checkout as plain `data`
 else:
   from importlib.metadata import version
 
+  from isthmus.data.library import PythonLibrary
+  from isthmus.data.loader import Loader
+  from isthmus.data.permutation import permute
+  from isthmus.data.source import Arrays, ArraySource, Dataset, Source
+  from isthmus.data.text import Text, TextFiles
+  from isthmus.data.tokenizer import Bytes, Tokenizer
+
   __version__ = version("isthmus")
+  __all__ = [
+    "ArraySource",
+    "Arrays",
+    "Bytes",
+    "Dataset",
+    "Loader",
+    "PythonLibrary",
+    "Source",
+    "Text",
+    "TextFiles",
+    "Tokenizer",
+    "permute",
+  ]
