@@ -1,0 +1,241 @@
+"""The command line: run a recipe, list and show recipes, look at the machine."""
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+COMMANDS = ("show", "doctor", "generate", "table")
+
+
+class _Parser(argparse.ArgumentParser):
+  """Errors are one line, with the nearest option named."""
+
+  def error(self, message):
+    from isthmus.train.config import nearest
+
+    unknown = message.partition("unrecognized arguments: ")[2].split()
+    if unknown:
+      options = [o for a in self._actions for o in a.option_strings]
+      names = options if unknown[0].startswith("-") else COMMANDS
+      message = f"unknown {unknown[0]!r}{nearest(unknown[0], names)}"
+    self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns the exit status.
+
+  0: done, or stopped by SIGTERM with everything saved. 1: the run failed.
+  2: the command, the settings or the folder can't be used.
+  """
+  argv = list(sys.argv[1:] if argv is None else argv)
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  command = argv[0] if argv and not argv[0].startswith("-") else "run"
+  run = {
+    "run": _run,
+    "show": _show,
+    "doctor": _doctor,
+    "generate": _generate,
+    "table": _table,
+  }.get(command)
+  if run is None:
+    from isthmus.train.config import nearest
+
+    return _refuse(f"no command {command!r}{nearest(command, COMMANDS)}")
+  try:
+    return run(argv if command == "run" else argv[1:])
+  except BrokenPipeError:  # `isthmus --list | head`
+    sys.stdout = None
+    return 0
+  except KeyboardInterrupt:
+    return 128 + signal.SIGINT
+
+
+def _refuse(text: str) -> int:
+  print(f"isthmus: {text}", file=sys.stderr)
+  return 2
+
+
+def _run(argv: list[str]) -> int:
+  parser = _Parser(
+    prog="isthmus",
+    allow_abbrev=False,
+    description="Trains and measures block-structured deep learning.",
+    epilog="Other commands: isthmus show NAME, isthmus doctor, "
+    "isthmus generate --workdir DIR, isthmus table. "
+    "A recipe given as path.py is Python code, and is run as such.",
+  )
+  parser.add_argument(
+    "--config",
+    default="quickstart",
+    metavar="NAME|path.py[:VARIANT]",
+    help="the recipe (default: quickstart)",
+  )
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="a.b=VALUE",
+    help="override a field of the job; may be given many times",
+  )
+  parser.add_argument(
+    "--workdir",
+    type=pathlib.Path,
+    metavar="DIR",
+    help="folder of the run (default: runs/NAME); a run in it is resumed",
+  )
+  parser.add_argument(
+    "--force",
+    action="store_true",
+    help="resume although the folder's run has other settings",
+  )
+  parser.add_argument("--list", action="store_true", help="list the recipes")
+  parser.add_argument("--version", action="version", version=version("isthmus"))
+  hosts = parser.add_argument_group("several processes")
+  hosts.add_argument(
+    "--distributed",
+    action="store_true",
+    help="find the other processes (SLURM, Kubernetes, Cloud TPU)",
+  )
+  hosts.add_argument("--coordinator", metavar="HOST:PORT")
+  hosts.add_argument("--processes", type=int, metavar="N")
+  hosts.add_argument("--process", type=int, metavar="I")
+  args = parser.parse_args(argv)
+  if args.list:
+    return _list()
+
+  from isthmus.train import config
+  from isthmus.train.ckpt import CheckpointError
+  from isthmus.train.loop import NonFiniteError
+  from isthmus.train.workdir import WorkdirError
+
+  try:
+    _join(args)
+    job = config.load(args.config, args.set)
+    name = pathlib.Path(args.config.replace(":", "-")).name.replace(".py", "")
+    workdir = args.workdir or pathlib.Path("runs") / name
+    results = job.run(
+      workdir,
+      source={"config": args.config, "set": args.set},
+      force=args.force,
+    )
+  except (config.ConfigError, WorkdirError) as error:
+    return _refuse(str(error))
+  except (CheckpointError, NonFiniteError) as error:
+    print(f"isthmus: {error}", file=sys.stderr)
+    return 1
+  _print_results(results)
+  return 0
+
+
+def _join(args: argparse.Namespace) -> None:
+  """Joins the other processes of the run, if it has any."""
+  from isthmus.train.config import ConfigError
+
+  given = (args.coordinator, args.processes, args.process)
+  if any(v is not None for v in given):
+    if None in given:
+      raise ConfigError(
+        "--coordinator, --processes and --process are given together"
+      )
+  elif not args.distributed:
+    return
+  import jax
+
+  jax.distributed.initialize(*given)
+
+
+def _print_results(results: dict[str, float]) -> None:
+  import jax
+
+  if jax.process_index() == 0:
+    for name, value in results.items():
+      print(f"{name} {value:.6g}")
+
+
+def _list() -> int:
+  from isthmus.train import recipe
+
+  names = recipe.recipe_names()
+  width = max(map(len, names))
+  for name in names:
+    print(f"{name:{width}s}  {recipe.read(name).title}")
+  return 0
+
+
+def _show(argv: list[str]) -> int:
+  parser = _Parser(prog="isthmus show", description="A recipe's own words.")
+  parser.add_argument("name")
+  args = parser.parse_args(argv)
+  from isthmus.train import recipe
+  from isthmus.train.config import ConfigError
+
+  try:
+    found = recipe.read(args.name)
+  except ConfigError as error:
+    return _refuse(str(error))
+  print(f"{found.name}: {found.title}")
+  for field in recipe.FIELDS:
+    print(f"  {field.lower():10s}  {found[field]}")
+  print(f"  {'recipe':10s}  train/recipes/{found.name}.py")
+  return 0
+
+
+def _table(argv: list[str]) -> int:
+  _Parser(
+    prog="isthmus table", description="The table of systems, in Markdown."
+  ).parse_args(argv)
+  from isthmus.train import recipe
+
+  print(recipe.table())
+  return 0
+
+
+def _doctor(argv: list[str]) -> int:
+  _Parser(
+    prog="isthmus doctor",
+    description="Devices, versions, and the kernel that each op would take.",
+  ).parse_args(argv)
+  from isthmus.train import doctor
+
+  for line in doctor.report():
+    print(line)
+  return 0
+
+
+def _generate(argv: list[str]) -> int:
+  parser = _Parser(
+    prog="isthmus generate",
+    allow_abbrev=False,
+    description="Samples text from the last good checkpoint of a run.",
+  )
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--prompt", default="")
+  parser.add_argument(
+    "--set", action="append", default=[], metavar="NAME=VALUE"
+  )
+  args = parser.parse_args(argv)
+  from isthmus.train import config, workdir
+  from isthmus.train.ckpt import CheckpointError
+  from isthmus.train.jobs import Fit, Generate
+
+  try:
+    saved = workdir.load(args.workdir)
+    if "config" not in saved:
+      raise workdir.WorkdirError(
+        f"{args.workdir} was trained from Python, not from a recipe: call "
+        "isthmus.train.jobs.Generate with its model and tokenizer"
+      )
+    fit = config.load(saved["config"], saved["set"])
+    if not isinstance(fit, Fit) or not hasattr(fit.data, "tokenizer"):
+      raise workdir.WorkdirError(f"{args.workdir} holds no model of text")
+    job = Generate(
+      model=fit.model, tokenizer=fit.data.tokenizer, prompt=args.prompt
+    )
+    config.override(job, args.set).run(args.workdir)
+  except (config.ConfigError, workdir.WorkdirError, CheckpointError) as error:
+    return _refuse(str(error))
+  return 0

@@ -1,0 +1,383 @@
+"""Recipes by name or path, and dotted overrides of the objects they build.
+
+A recipe is a Python file with `get_config(variant)`; it returns a job built
+from real objects: Linen modules, `functools.partial`s, frozen dataclasses.
+`--set a.b=value` walks those objects, so there is no second, mirrored tree of
+settings. A recipe given by path is the user's own code and is run as such.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import pathlib
+import pkgutil
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+RECIPES = "isthmus.train.recipes"
+
+
+class ConfigError(ValueError):
+  """A setting that can't be used, said in one line."""
+
+
+def recipe_names() -> list[str]:
+  """The names that `--config` takes."""
+  package = importlib.import_module(RECIPES)
+  return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def load(config: str, overrides: Sequence[str] = ()) -> Any:
+  """The job of `NAME[:variant]` or `path.py[:variant]`, overrides applied.
+
+  Args:
+    config: a recipe's name, or the path of a Python file that is run.
+    overrides: texts of the form `dotted.name=value`, applied in order.
+
+  Returns:
+    The job: a frozen dataclass with `run(workdir)`.
+
+  Raises:
+    ConfigError: a name, field, type or value that can't be used, and the
+      nearest one that can.
+
+  Example:
+    >>> job = load("quickstart:smoke", ["batch_size=4"])
+    >>> job.batch_size
+    4
+  """
+  name, variant = _split(config)
+  module = _module(name)
+  build = getattr(module, "get_config", None)
+  if not callable(build):
+    raise ConfigError(f"recipe {name!r} has no function get_config(variant)")
+  try:
+    job = build(variant) if variant else build()
+  except (ValueError, TypeError, KeyError) as error:
+    raise ConfigError(f"recipe {config!r}: {_one_line(error)}") from error
+  if not callable(getattr(job, "run", None)):
+    raise ConfigError(
+      f"recipe {config!r} returned {type(job).__name__}, which has no run()"
+    )
+  return override(job, overrides)
+
+
+def choose(variants: dict[str, Any], variant: str) -> Any:
+  """`variants[variant]()`, or a ConfigError that names the nearest variant."""
+  if variant not in variants:
+    raise ConfigError(f"no variant {variant!r}{nearest(variant, variants)}")
+  return variants[variant]()
+
+
+def override(job: Any, overrides: Iterable[str]) -> Any:
+  """A copy of `job` with each `dotted.name=value` applied in order."""
+  for item in overrides:
+    name, equals, text = item.partition("=")
+    name = name.strip()
+    if not equals or not name:
+      raise ConfigError(f"--set {item!r} is not of the form name=value")
+    try:
+      job = _set(job, name.split("."), text.strip(), name)
+    except ConfigError:
+      raise
+    except (ValueError, TypeError) as error:  # refused by a __post_init__
+      raise ConfigError(f"--set {item}: {_one_line(error)}") from error
+  return job
+
+
+def flatten(job: Any) -> dict[str, str]:
+  """The resolved settings as `dotted.name -> text`, for files and compares."""
+  return dict(_flatten(job, ""))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """`; did you mean 'x'?`, or the names that there are."""
+  names = [str(n) for n in names]
+  near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+  if near:
+    return f"; did you mean {near[0]!r}?"
+  return f"; there are {', '.join(names)}" if names else "; there are none"
+
+
+def _one_line(error: BaseException) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def _split(config: str) -> tuple[str, str]:
+  """`NAME:variant` and `C:/x.py:variant` alike."""
+  if ".py" in config:
+    path, dot, variant = config.rpartition(".py")
+    return path + dot, variant.removeprefix(":")
+  name, _, variant = config.partition(":")
+  return name, variant
+
+
+def _module(name: str) -> types.ModuleType:
+  if name.endswith(".py"):
+    path = pathlib.Path(name)
+    if not path.is_file():
+      raise ConfigError(f"--config {name}: no such file")
+    spec = importlib.util.spec_from_file_location("recipe_" + path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+      spec.loader.exec_module(module)
+    except Exception as error:
+      raise ConfigError(
+        f"--config {name}: {type(error).__name__}: {_one_line(error)}"
+      ) from error
+    return module
+  names = recipe_names()
+  if name not in names:
+    raise ConfigError(
+      f"--config {name!r}: no such recipe{nearest(name, names)}"
+    )
+  return importlib.import_module(f"{RECIPES}.{name}")
+
+
+def _fields(node: Any) -> dict[str, dataclasses.Field]:
+  """Fields a user may set: Linen's own `parent` and `name` are not settings."""
+  hidden = {"parent", "name"} if hasattr(node, "scope") else set()
+  return {
+    f.name: f
+    for f in dataclasses.fields(node)
+    if f.init and f.name not in hidden
+  }
+
+
+def _is_node(value: Any) -> bool:
+  return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _set(node: Any, names: list[str], text: str, full: str) -> Any:
+  head, *rest = names
+  if isinstance(node, functools.partial):
+    known = _keywords(node)
+    if head not in known:
+      raise ConfigError(
+        f"--set {full}: {_name(node.func)} has no argument "
+        f"{head!r}{nearest(head, known)}"
+      )
+    old = node.keywords.get(head, known[head].default)
+    hint = _hints(node.func).get(head, Any)
+    new = _value(old, rest, text, full, hint)
+    return functools.partial(
+      node.func, *node.args, **{**node.keywords, head: new}
+    )
+  if isinstance(node, dict):
+    if head not in node:
+      raise ConfigError(f"--set {full}: no key {head!r}{nearest(head, node)}")
+    hint = Any if node[head] is None else type(node[head])
+    return {**node, head: _value(node[head], rest, text, full, hint)}
+  if not _is_node(node):
+    raise ConfigError(
+      f"--set {full}: {_text(node)} has no fields, so no {head!r}"
+    )
+  known = _fields(node)
+  if head not in known:
+    raise ConfigError(
+      f"--set {full}: {type(node).__name__} has no field "
+      f"{head!r}{nearest(head, known)}"
+    )
+  hint = _hints(type(node)).get(head, Any)
+  new = _value(getattr(node, head), rest, text, full, hint)
+  return dataclasses.replace(node, **{head: new})
+
+
+def _value(old: Any, rest: list[str], text: str, full: str, hint: Any) -> Any:
+  if rest:
+    return _set(old, rest, text, full)
+  if _is_node(old) or isinstance(old, (functools.partial, dict)):
+    if text == "None" and type(None) in typing.get_args(hint):
+      return None
+    inner = _fields(old) if _is_node(old) else _members(old)
+    raise ConfigError(
+      f"--set {full}: {_text(old)} is not set whole; set one of "
+      + ", ".join(f"{full}.{n}" for n in inner)
+    )
+  return parse(text, hint, full, old)
+
+
+def _members(node: Any) -> Iterable[str]:
+  return _keywords(node) if isinstance(node, functools.partial) else node
+
+
+def _keywords(node: functools.partial) -> dict[str, inspect.Parameter]:
+  parameters = list(inspect.signature(node.func).parameters.values())
+  parameters = parameters[len(node.args) :]
+  return {
+    p.name: p
+    for p in parameters
+    if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+  }
+
+
+def _hints(owner: Any) -> dict[str, Any]:
+  try:
+    return typing.get_type_hints(owner)
+  except Exception:  # an annotation that names what isn't importable: unchecked
+    return {}
+
+
+def parse(text: str, hint: Any, full: str, old: Any = None) -> Any:
+  """`text` as a value of the annotation `hint`, or a ConfigError.
+
+  An int serves as a float, a bool never as a number; a dtype is given by its
+  name; a list or tuple serves as either. `old` tells a dtype field apart
+  where the annotation alone can't.
+  """
+  if text != "None" and _is_dtype(old, hint):
+    try:
+      return _dtype(text)
+    except TypeError:
+      raise ConfigError(
+        f"--set {full}={text}: not the name of a dtype"
+      ) from None
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    value = text
+  for candidate in (value, text):  # `--set name=3` for a field of text
+    ok, fitted = _fit(candidate, hint)
+    if ok:
+      return fitted
+  if callable(old) and not isinstance(old, type):
+    raise ConfigError(
+      f"--set {full}: a function is chosen in a recipe, not on the command line"
+    )
+  wanted = (
+    typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+  )
+  if wanted:
+    raise ConfigError(
+      f"--set {full}={text}: not allowed{nearest(text, wanted)}"
+    )
+  raise ConfigError(f"--set {full}={text}: {_hint_text(hint)} is wanted")
+
+
+def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
+  """Whether `value` is of the annotation `hint`, and the value converted."""
+  if hint is Any or isinstance(hint, (str, typing.TypeVar)):
+    return True, value
+  if hint is None or hint is type(None):
+    return value is None, None
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin is typing.Annotated:
+    return _fit(value, args[0])
+  if origin in (typing.Union, types.UnionType):
+    for option in args:
+      ok, fitted = _fit(value, option)
+      if ok:
+        return True, fitted
+    return False, None
+  if origin is typing.Literal:
+    exact = [a for a in args if a == value and type(a) is type(value)]
+    return bool(exact), value
+  if origin in (tuple, list, Sequence) and isinstance(value, (tuple, list)):
+    return _fit_sequence(value, origin, args)
+  if hint is float and isinstance(value, (int, float)):
+    ok = not isinstance(value, bool) and not math.isnan(value)
+    return ok, float(value) if ok else None
+  plain = origin or hint
+  if not isinstance(plain, type):
+    return False, None
+  if isinstance(value, bool) and plain is not bool:
+    return False, None
+  return isinstance(value, plain), value
+
+
+def _fit_sequence(value, origin, args) -> tuple[bool, Any]:
+  kind = list if origin is list else tuple
+  if not args:
+    return True, kind(value)
+  if kind is tuple and Ellipsis not in args:
+    if len(args) != len(value) and origin is tuple:
+      return False, None
+    hints = args if origin is tuple else args * len(value)
+  else:
+    hints = (args[0],) * len(value)
+  fitted = [_fit(v, h) for v, h in zip(value, hints, strict=True)]
+  return all(ok for ok, _ in fitted), kind(v for _, v in fitted)
+
+
+def _is_dtype(old: Any, hint: Any) -> bool:
+  if isinstance(old, np.dtype) or "dtype" in _hint_text(hint).lower():
+    return True
+  if old is None or isinstance(old, (str, int, float)):
+    return False
+  try:
+    return isinstance(np.dtype(old), np.dtype) and not isinstance(old, tuple)
+  except TypeError:
+    return False
+
+
+def _dtype(text: str) -> Any:
+  import jax.numpy as jnp
+
+  return jnp.dtype(text.removeprefix("jnp.").strip("'\""))
+
+
+def _hint_text(hint: Any) -> str:
+  if isinstance(hint, type) and not typing.get_args(hint):
+    return hint.__name__
+  return str(hint).replace("typing.", "")
+
+
+def _name(function: Any) -> str:
+  return getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+  """Depth first, so that the order is that of the objects' own fields."""
+  dot = prefix + "." if prefix else ""
+  if _is_node(node):
+    yield prefix or "job", type(node).__name__
+    for name in _fields(node):
+      yield from _flatten(getattr(node, name), dot + name)
+  elif isinstance(node, functools.partial):
+    yield prefix, _text(node.func)
+    for i, value in enumerate(node.args):
+      yield from _flatten(value, f"{dot}{i}")
+    for name in sorted(node.keywords):
+      yield from _flatten(node.keywords[name], dot + name)
+  elif isinstance(node, dict):
+    for name in node:
+      yield from _flatten(node[name], dot + str(name))
+  elif isinstance(node, (list, tuple)) and any(map(_is_node, node)):
+    for i, value in enumerate(node):
+      yield from _flatten(value, f"{dot}{i}")
+  else:
+    yield prefix, _text(node)
+
+
+def _text(value: Any) -> str:
+  """A stable text: no memory addresses, functions by their import path."""
+  if isinstance(value, np.dtype):
+    return value.name
+  if isinstance(value, type) or inspect.isroutine(value):
+    try:
+      return np.dtype(value).name  # jnp.bfloat16 is a class
+    except TypeError:
+      return f"{value.__module__}:{value.__qualname__}"
+  if isinstance(value, (str, int, float, bool, type(None))):
+    return repr(value)
+  if _is_node(value) or isinstance(value, functools.partial):
+    name = _name(value.func) if isinstance(value, functools.partial) else ""
+    return f"a {name or type(value).__name__}"
+  if isinstance(value, (tuple, list)):
+    return "(" + ", ".join(_text(v) for v in value) + ")"
+  if type(value).__repr__ is object.__repr__:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+  try:
+    return np.dtype(value).name
+  except TypeError:
+    return repr(value)

@@ -1,0 +1,363 @@
+"""The training loop. There is one; nobody forks it.
+
+New behaviour enters through a task, an optimiser, a data set or a report.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from isthmus.data.loader import Loader
+from isthmus.train import log, mesh, peak
+from isthmus.train.ckpt import Checkpointer
+from isthmus.train.config import ConfigError
+from isthmus.train.state import TrainState, make_init, make_step
+
+if TYPE_CHECKING:
+  from isthmus.train.jobs import Fit
+
+
+class NonFiniteError(ArithmeticError):
+  """A loss or gradient that is NaN or infinite; names the step."""
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+  """Whether something done every `every` steps, and at the end, is due.
+
+  `step` counts the steps done; `None` means at the end only, 0 never.
+  """
+  if every == 0:
+    return False
+  return step == last or (every is not None and step % every == 0)
+
+
+class Run:
+  """What a job needs before its first step: mesh, data, shapes, functions."""
+
+  def __init__(self, job: "Fit"):
+    self.job = job
+    self.mesh = job.mesh.build()
+    rows = NamedSharding(self.mesh, mesh.ROWS)
+    self.train = Loader(
+      job.data.open("train"),
+      batch_size=job.batch_size,
+      seed=job.seed,
+      transform=job.transform,
+      sharding=rows,
+    )
+    self.eval = None
+    if job.eval_every != 0:
+      self.eval = Loader(
+        job.data.open("eval"),
+        batch_size=job.eval_batch_size or job.batch_size,
+        seed=job.seed,
+        shuffle=False,
+        sharding=rows,
+      )
+    example = self.train.source[0]
+    self.batch = {
+      k: jax.ShapeDtypeStruct(
+        (job.batch_size, *np.shape(v)), np.asarray(v).dtype
+      )
+      for k, v in example.items()
+    }
+    tx = job.transformation()
+    self._init = make_init(
+      job.model, job.task, tx, self.batch, seed=job.seed, ema=job.ema
+    )
+    with jax.set_mesh(self.mesh):
+      shapes = jax.eval_shape(self._init)
+    self.shardings = mesh.shardings(shapes, job.rules, self.mesh)
+    self.target = mesh.structs(shapes, self.shardings)
+    copied = NamedSharding(self.mesh, PartitionSpec())
+    self.step = jax.jit(
+      make_step(
+        job.model, job.task, tx, accumulate=job.accumulate, ema=job.ema
+      ),
+      donate_argnums=0,
+      out_shardings=(self.shardings, copied),
+    )
+    self._evaluate = jax.jit(
+      lambda p, m, b: job.task.evaluate(job.model, p, m, b),
+      out_shardings=copied,
+    )
+
+  def init(self) -> TrainState:
+    """The first state, born on the devices it stays on."""
+    return jax.jit(self._init, out_shardings=self.shardings)()
+
+  def evaluate(self, state: TrainState) -> dict[str, float]:
+    """The task's metrics over the whole evaluation set, once."""
+    if self.eval is None:
+      return {}
+    params = state.params if state.ema is None else state.ema
+    total: dict[str, float] = {}
+    for batch in self.eval.once():
+      sums = jax.device_get(self._evaluate(params, state.mutables, batch))
+      for k, v in sums.items():
+        total[k] = total.get(k, 0.0) + float(v)
+    return self.job.task.summarize(total)
+
+
+class Speed:
+  """Steps a second of training: compiling, saving, evaluating left out."""
+
+  def __init__(self, run: Run):
+    shapes = {k: v.shape for k, v in run.batch.items()}
+    job = run.job
+    self.unit, self.units, self.flops = job.task.throughput(job.model, shapes)
+    devices = run.mesh.devices.size
+    device = jax.local_devices()[0]
+    self._sheet = peak.datasheet(device)
+    self._ceiling = None if math.isnan(self.flops) else peak.measure(device)
+    self._scale = 1.0 / devices
+    self._mark: tuple[int, float] | None = None
+    self._steps, self._seconds = 0, 0.0
+
+  def tick(self, step: int) -> None:
+    """Step `step` is done."""
+    now = time.perf_counter()
+    if self._mark is not None:
+      self._steps += step - self._mark[0]
+      self._seconds += now - self._mark[1]
+    self._mark = (step, now)
+
+  def pause(self) -> None:
+    """What comes until the next tick isn't training."""
+    self._mark = None
+
+  def take(self) -> tuple[int, float]:
+    """(steps, seconds) so far; a caller keeps them to measure a window."""
+    return self._steps, self._seconds
+
+  def metrics(self, since: tuple[int, float] = (0, 0.0)) -> dict[str, float]:
+    steps, seconds = self._steps - since[0], self._seconds - since[1]
+    if not steps or seconds <= 0:
+      return {}
+    rate = steps / seconds
+    out = {
+      "steps_per_second": rate,
+      f"{self.unit}_per_second": rate * self.units,
+    }
+    if not math.isnan(self.flops):
+      each = rate * self.flops * self._scale
+      out["model_tflops_per_device"] = each / 1e12
+      if self._ceiling:
+        out["mfu_measured"] = each / self._ceiling
+      if self._sheet:
+        out["mfu_datasheet"] = each / self._sheet
+    return out
+
+  def text(self, metrics: dict[str, float]) -> str:
+    rate = metrics.get(f"{self.unit}_per_second")
+    if rate is None:
+      return ""
+    parts = [f"{log.si(rate)} {self.unit}/s"]
+    if "model_tflops_per_device" in metrics:
+      parts.append(f"{metrics['model_tflops_per_device']:.3g} TF/s")
+    for name in ("datasheet", "measured"):
+      if f"mfu_{name}" in metrics:
+        parts.append(f"MFU {metrics[f'mfu_{name}']:.0%} of {name}")
+        break
+    return ", ".join(parts)
+
+
+def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
+  """Trains `job` in `workdir`, from its last good checkpoint if it has one.
+
+  Returns:
+    Metrics of the end: `step`, `train/...`, `eval/...`, speed. A run stopped
+    by SIGTERM or Ctrl-C has saved its state, and `interrupted` is 1.
+
+  Raises:
+    ConfigError: settings that don't fit each other, the data or the devices.
+    NonFiniteError: a loss or gradient norm that is no number.
+    CheckpointError: no checkpoint of the folder can be trusted.
+  """
+  first = jax.process_index() == 0
+  with contextlib.ExitStack() as stack:
+    # --- mesh, data, shapes ---
+    try:
+      run = Run(job)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+      raise ConfigError(" ".join(str(error).split())) from error
+    stack.enter_context(jax.set_mesh(run.mesh))
+    stop = stack.enter_context(_stop_requests())
+
+    # --- state: restored if there is one, else new ---
+    ckpt = stack.enter_context(Checkpointer(workdir / "ckpt", keep=job.keep))
+    restored = ckpt.restore(run.target)
+    start, state = (0, run.init()) if restored is None else restored
+    if first:
+      count = sum(x.size for x in jax.tree.leaves(run.target.params))
+      where = f"resuming at step {start}" if start else "starting"
+      log.say(
+        f"{where}: {log.si(count)} parameters, {run.mesh.devices.size} x "
+        f"{jax.devices()[0].device_kind}, in {workdir}"
+      )
+
+    # --- logs ---
+    writer = log.Writer(workdir, step=start, enabled=first)
+    stack.callback(writer.close)
+    bar = log.Bar("train", steps=job.steps, start=start, enabled=first)
+    stack.callback(bar.close)
+    speed = Speed(run)
+    schedule = job.schedule()
+    trace = _Trace(job.profile, workdir)
+    stack.callback(trace.stop)
+
+    latest: dict[str, float] = {}
+    window = speed.take()
+    evaluated: dict[str, float] = {}
+
+    def finish(step: int, metrics: dict[str, jax.Array]) -> None:
+      """Fetches a step's metrics, and stops the run if they are no numbers."""
+      nonlocal latest, window
+      latest = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      speed.tick(step)
+      for name in ("loss", "grad_norm"):
+        if not math.isfinite(latest[name]):
+          raise NonFiniteError(
+            f"{name} is {latest[name]} at step {step}; the last checkpoint is "
+            f"of step {ckpt.latest()}"
+          )
+      if schedule is not None:
+        latest["learning_rate"] = float(schedule(step - 1))
+      if due(step, job.log_every, job.steps):
+        latest.update(speed.metrics(window))
+        window = speed.take()
+        writer.write(step, latest)
+      text = speed.text(latest if "steps_per_second" in latest else {})
+      if step % max(job.log_every or 1, 1) == 0 or step == start + 1:
+        bar.update(step, f"loss {latest['loss']:.4f}  {text}")
+
+    # --- train; a step's metrics are fetched when the next one is under way ---
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    done, saved = start, start
+    batches = stack.enter_context(
+      contextlib.closing(run.train.iterate(start, job.steps))
+    )
+    for step, batch in batches:
+      trace.before(step)
+      with jax.transfer_guard("disallow"):
+        state, metrics = run.step(state, batch)
+      done = step + 1
+      if pending is not None:
+        finish(*pending)
+      pending = (done, metrics)
+      halt = stop(done)
+      saving = halt or due(done, job.save_every, job.steps)
+      evaluating = not halt and due(done, job.eval_every, job.steps)
+      if not (saving or evaluating):
+        continue
+      finish(*pending)  # nothing that isn't known to be finite is saved
+      pending = None
+      if saving:
+        ckpt.save(done, state, wait=halt)
+        saved = done
+      if evaluating:
+        evaluated = run.evaluate(state)
+        writer.write(done, evaluated, "eval")
+      speed.pause()
+      if halt:
+        break
+    if pending is not None:
+      finish(*pending)
+
+    # --- the end ---
+    results = {"step": float(done)}
+    if done < job.steps:
+      log.say(
+        f"stopped at step {done}, saved; the same command goes on from it"
+      )
+      return {**results, "interrupted": 1.0}
+    if saved < done:
+      ckpt.save(done, state)
+    ckpt.wait()
+    bar.close()
+    if job.eval_every != 0 and not evaluated:
+      evaluated = run.evaluate(state)
+    results.update({f"train/{k}": v for k, v in latest.items()})
+    results.update(speed.metrics())
+    results.update({f"eval/{k}": v for k, v in evaluated.items()})
+    results.update(_memory())
+    if first:
+      if job.report is not None:
+        params = state.params if state.ema is None else state.ema
+        results.update(job.report(job, workdir, params, results))
+      picture = log.plot_losses(workdir, workdir.name)
+      if picture is not None:
+        log.say(f"loss curve: {picture}")
+      (workdir / "results.json").write_text(
+        json.dumps(results, indent=1) + "\n"
+      )
+    return results
+
+
+class _Trace:
+  """A profiler trace of steps [first, last) on request."""
+
+  def __init__(self, steps: tuple[int, int] | None, workdir: pathlib.Path):
+    self._steps, self._path, self._on = steps, workdir / "trace", False
+
+  def before(self, step: int) -> None:
+    if self._steps is None:
+      return
+    if step == self._steps[0]:
+      jax.profiler.start_trace(self._path)
+      self._on = True
+    elif self._on and step >= self._steps[1]:
+      self.stop()
+
+  def stop(self) -> None:
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False
+      log.say(f"profiler trace: {self._path}")
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Any]:
+  """`stop(step) -> bool`, true once SIGTERM or Ctrl-C has come.
+
+  With several processes they must all stop at one step: jax's own preemption
+  service agrees on it (SIGTERM to any of them is enough).
+  """
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  asked = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+    return
+
+  def handle(number, frame):
+    if asked.is_set() and number == signal.SIGINT:
+      raise KeyboardInterrupt  # a second Ctrl-C doesn't wait
+    asked.set()
+
+  old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda step: asked.is_set()
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def _memory() -> dict[str, float]:
+  """Peak bytes of the first local device, where its backend counts them."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  peak_bytes = stats.get("peak_bytes_in_use")
+  return {} if peak_bytes is None else {"peak_gib": peak_bytes / 2**30}

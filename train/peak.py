@@ -1,0 +1,60 @@
+"""What a device can do at most: the datasheet's figure and a measured one."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bf16 FLOP/s of one device, by the vendors' datasheets, without sparsity.
+DATASHEET = {
+  "NVIDIA H100 80GB HBM3": 989.4e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H200": 989.4e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA L4": 121e12,
+  "Tesla T4": 65e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+}
+
+
+def datasheet(device: jax.Device) -> float | None:
+  """Dense bf16 FLOP/s by the datasheet, or None where it isn't listed."""
+  return DATASHEET.get(device.device_kind)
+
+
+def measure(device: jax.Device, *, repeats: int = 5) -> float:
+  """FLOP/s of a square matrix product on random data, the best of `repeats`.
+
+  bf16 of width 8192 on an accelerator, float32 of width 1024 on a CPU: the
+  rate that a training step, mostly matrix products, can come near.
+  """
+  accelerator = device.platform != "cpu"
+  width = 8192 if accelerator else 1024
+  inner = 8 if accelerator else 4
+  dtype = jnp.bfloat16 if accelerator else jnp.float32
+  with jax.default_device(device):
+    a, b = (
+      jax.random.normal(k, (width, width), dtype) / width**0.5
+      for k in jax.random.split(jax.random.key(0))
+    )
+
+    @jax.jit
+    def chain(a, b):
+      for _ in range(inner):
+        a = a @ b
+      return a
+
+    chain(a, b).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+      start = time.perf_counter()
+      chain(a, b).block_until_ready()
+      best = min(best, time.perf_counter() - start)
+  return inner * 2 * width**3 / best

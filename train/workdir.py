@@ -1,0 +1,96 @@
+"""A run's folder: one run at a time in it, and one set of settings for it."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from isthmus.train.config import ConfigError, flatten
+
+# Settings that may differ between a run and its resumption: they change where
+# and how often, never what is computed at a step.
+FREE = ("mesh", "rules", "log_every", "save_every", "keep", "profile", "report")
+CONFIG = "config.json"
+
+
+class WorkdirError(RuntimeError):
+  """A folder that can't be used, and what to do about it."""
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the folder for one run; a second one is refused at once."""
+  import filelock
+
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(workdir / ".lock", timeout=0)
+    held.acquire()
+  except filelock.Timeout:
+    raise WorkdirError(
+      f"{workdir} is in use by another run; wait for it, or give --workdir"
+    ) from None
+  except OSError as error:
+    raise WorkdirError(f"{workdir}: {error.strerror or error}") from None
+  try:
+    yield
+  finally:
+    held.release()
+
+
+def record(
+  workdir: pathlib.Path, job: Any, *, source: dict[str, Any], force: bool
+) -> None:
+  """Writes the resolved settings, or compares them with those already there.
+
+  Args:
+    workdir: the run's folder.
+    job: the job about to run.
+    source: how to build it again: `{"config": ..., "set": [...]}`.
+    force: take the new settings even if they differ.
+
+  Raises:
+    ConfigError: the folder holds a run with other settings.
+  """
+  path = workdir / CONFIG
+  new = flatten(job)
+  if path.is_file() and not force:
+    old = load(workdir)["resolved"]
+    differ = [
+      k
+      for k in sorted(old.keys() | new.keys())
+      if old.get(k) != new.get(k) and k.split(".")[0] not in FREE
+    ]
+    if differ:
+      k = differ[0]
+      more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+      raise ConfigError(
+        f"{workdir} holds a run with {k} = {old.get(k, 'unset')}, not "
+        f"{new.get(k, 'unset')}{more}; use another --workdir, or --force"
+      )
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps({**source, "resolved": new}, indent=1) + "\n")
+  part.replace(path)
+
+
+def load(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `record` wrote.
+
+  Raises:
+    WorkdirError: the folder holds no run, or its config.json is damaged.
+  """
+  path = workdir / CONFIG
+  try:
+    data = json.loads(path.read_text())
+    if not isinstance(data["resolved"], dict):
+      raise ValueError("no settings in it")
+  except FileNotFoundError:
+    raise WorkdirError(
+      f"{workdir} holds no run: {CONFIG} isn't there"
+    ) from None
+  except (ValueError, KeyError, TypeError) as error:
+    raise WorkdirError(
+      f"{path} is damaged ({error}); delete it and give --config again"
+    ) from None
+  return data
