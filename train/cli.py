@@ -1,4 +1,4 @@
-"""The command line: run a recipe, list and show recipes, look at the machine."""
+"""The command line: run, list and show recipes, look at the machine."""
 
 import argparse
 import os

@@ -53,5 +53,4 @@ def report() -> Iterator[str]:
 def _kernels() -> Iterator[str]:
   from isthmus.attention import sdpa
 
-  for case in sdpa.report():
-    yield case
+  yield from sdpa.report()

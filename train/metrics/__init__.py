@@ -1,0 +1,1 @@
+"""Measures of finished runs: pure functions of arrays and bytes."""
