@@ -7,11 +7,14 @@ if __name__ != "isthmus.data":  # imported from a checkout as plain `data`
 else:
   from importlib.metadata import version
 
+  from isthmus.data.digits import Digits
+  from isthmus.data.image import ImageFolder
   from isthmus.data.library import PythonLibrary
   from isthmus.data.loader import Loader
   from isthmus.data.permutation import permute
   from isthmus.data.source import Arrays, ArraySource, Dataset, Source
   from isthmus.data.text import Text, TextFiles
+  from isthmus.data.tfds import Tfds
   from isthmus.data.tokenizer import Bytes, Tokenizer
 
   __version__ = version("isthmus")
@@ -20,11 +23,14 @@ else:
     "Arrays",
     "Bytes",
     "Dataset",
+    "Digits",
+    "ImageFolder",
     "Loader",
     "PythonLibrary",
     "Source",
     "Text",
     "TextFiles",
+    "Tfds",
     "Tokenizer",
     "permute",
   ]

@@ -211,16 +211,17 @@ class Loader:
 
   def _place(self, array: np.ndarray) -> jax.Array:
     """A global array from the rows that this process has loaded."""
-    rows = self._own_rows
-
-    def read(index):
+    shape = (self.batch_size, *array.shape[1:])
+    shards = self.sharding.addressable_devices_indices_map(shape)
+    parts = []
+    for index in shards.values():
       first, end, _ = index[0].indices(self.batch_size)
       # A shard's rows are consecutive and all loaded, so they stay so here.
-      begin = int(np.searchsorted(rows, first))
-      return array[begin : begin + end - first]
-
-    shape = (self.batch_size, *array.shape[1:])
-    return jax.make_array_from_callback(shape, self.sharding, read)
+      begin = int(np.searchsorted(self._own_rows, first))
+      parts.append(array[begin : begin + end - first])
+    # device_put, as make_array_from_callback trips the transfer guard.
+    parts = jax.device_put(parts, list(shards))
+    return jax.make_array_from_single_device_arrays(shape, self.sharding, parts)
 
 
 def stack(examples: Sequence[Example], indices: np.ndarray) -> Example:

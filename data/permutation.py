@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-_ROUNDS = 6
+Word = int | np.integer | np.ndarray
+
+# Fewer leave a range of 2 to 5 visibly uneven.
+_ROUNDS = 10
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
 
-def permute(
-  i: ArrayLike, n: int, seed: int | Sequence[ArrayLike] = 0
-) -> np.ndarray:
+def permute(i: Word, n: int, seed: int | Sequence[Word] = 0) -> np.ndarray:
   """Bijective pseudo-random permutation of range(n) in O(1) memory.
 
   A balanced Feistel network permutes the smallest even-width binary domain
@@ -64,10 +64,13 @@ def _encrypt(x: np.ndarray, key: np.ndarray, half: np.uint64) -> np.ndarray:
   for k in range(_ROUNDS):
     noise = _mix(right ^ _mix(key + np.full(1, k, np.uint64) * _WEYL))
     left, right = right, left ^ (noise & mask)
-  return (left << half) | right
+  x = (left << half) | right
+  # Every round is an even permutation; a swap that depends on the key lets
+  # the odd ones occur, without which the orders of 5 differ by 8% in odds.
+  return x ^ ((x < 2) & (_mix(key) & np.uint64(1)))
 
 
-def _fold(words: Sequence[ArrayLike]) -> np.ndarray:
+def _fold(words: Sequence[Word]) -> np.ndarray:
   """Hash several words, each an integer or an array, into one."""
   key = np.zeros(1, np.uint64)
   for word in words:

@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-Example = dict[str, np.ndarray]
+# Field name -> array; text may stay bytes or str.
+Example = dict[str, Any]
 
 
 @runtime_checkable

@@ -1,0 +1,183 @@
+"""Folders of images, one sub-folder per class."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from isthmus.data.source import Example, check_split
+from isthmus.data.text import check_fraction, is_held_out
+
+_SUFFIXES = frozenset(
+  ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+  """Images in sub-folders that are named after their classes.
+
+  An example holds image float32 [size, size, channels] in [0, 1] and label
+  int32 []: the class's place among the sorted names of the sub-folders. The
+  shorter side is scaled to `size`, the longer one cropped about its centre.
+
+  Args:
+    path: folder of the class folders.
+    size: height and width, in pixels.
+    channels: 3 for RGB or 1 for grey.
+    eval_fraction: share of the images that is held out, by a hash of their
+      names.
+    eval_path: a folder with the same classes that holds the eval split
+      instead; eval_fraction is then not used.
+
+  Raises:
+    ValueError: size < 1, channels other than 1 and 3, eval_fraction outside
+      [0, 1]; when opened, links out of the folder, or eval classes that the
+      training folder lacks; when read, a file that is not a whole image.
+    FileNotFoundError: when opened, no such folder, or no image in it.
+    ImportError: when opened, where pillow is missing.
+  """
+
+  path: str | os.PathLike
+  _: dataclasses.KW_ONLY
+  size: int
+  channels: int = 3
+  eval_fraction: float = 0.1
+  eval_path: str | os.PathLike | None = None
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(f"size is {self.size}; it must be at least 1")
+    if self.channels not in (1, 3):
+      raise ValueError(f"channels is {self.channels}; it must be 1 or 3")
+    check_fraction(self.eval_fraction)
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Names of the classes in order of their labels; reads the folder."""
+    return tuple(sorted(p.name for p in _folders(self.path)))
+
+  def open(self, split: str) -> "ImageSource":
+    check_split(split)
+    _pillow()
+    held_out = split == "eval"
+    separate = self.eval_path is not None
+    root = self.eval_path if separate and held_out else self.path
+    labels = {name: i for i, name in enumerate(self.classes)}
+    files = []
+    for name in _images(root):
+      folder = name.split("/", 1)[0]
+      if folder not in labels:
+        raise ValueError(
+          f"class {folder!r} of {os.fspath(root)!r} is not among the"
+          f" {len(labels)} of {os.fspath(self.path)!r}"
+        )
+      if separate or is_held_out(name, self.eval_fraction) == held_out:
+        files.append((name, labels[folder]))
+    if not files:
+      raise FileNotFoundError(
+        f"split {split!r} has 0 images of {os.fspath(root)!r}; set eval_path,"
+        f" or another eval_fraction than {self.eval_fraction}"
+      )
+    return ImageSource(
+      pathlib.Path(root).expanduser(),
+      tuple(files),
+      size=self.size,
+      channels=self.channels,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSource:
+  """Images read when they are asked for; see ImageFolder."""
+
+  root: pathlib.Path
+  files: tuple[tuple[str, int], ...]
+  _: dataclasses.KW_ONLY
+  size: int
+  channels: int
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, i: int) -> Example:
+    name, label = self.files[i]
+    path = self.root / name
+    try:
+      image = _read(path, size=self.size, channels=self.channels)
+    except FileNotFoundError:
+      raise
+    except Exception as error:  # pillow's decoders raise many kinds
+      raise ValueError(
+        f"{os.fspath(path)!r} cannot be read as an image ({error}); repair or"
+        " remove it"
+      ) from error
+    return {"image": image, "label": np.asarray(label, np.int32)}
+
+
+def _read(path: pathlib.Path, *, size: int, channels: int) -> np.ndarray:
+  pillow = _pillow()
+  with pillow.Image.open(path) as file:
+    image = pillow.ImageOps.exif_transpose(file)
+    image = image.convert("RGB" if channels == 3 else "L")
+  image = pillow.ImageOps.fit(
+    image, (size, size), pillow.Image.Resampling.BICUBIC
+  )
+  array = np.asarray(image, np.float32) / 255
+  return array.reshape(size, size, channels)
+
+
+def _folders(root: str | os.PathLike) -> list[pathlib.Path]:
+  path = pathlib.Path(root).expanduser()
+  if not path.is_dir():
+    raise FileNotFoundError(f"no folder {os.fspath(root)!r}")
+  return [p for p in path.iterdir() if p.is_dir() and p.name[0] != "."]
+
+
+def _images(root: str | os.PathLike) -> list[str]:
+  """Sorted relative paths of the images, none of them outside the folder."""
+  inside = pathlib.Path(root).expanduser().resolve()
+  names = []
+  for folder in _folders(root):
+    if folder.is_symlink():
+      _check_link(folder, inside)
+    for place, inner, files in os.walk(folder):
+      for name in (*inner, *files):
+        path = pathlib.Path(place, name)
+        # A walk would pass over linked folders in silence.
+        if path.is_symlink():
+          _check_link(path, inside)
+        if name in files and path.suffix.lower() in _SUFFIXES:
+          names.append(path.relative_to(folder.parent).as_posix())
+  if not names:
+    raise FileNotFoundError(
+      f"no image in the sub-folders of {os.fspath(root)!r}; an image lies in a"
+      f" folder named after its class and ends in {sorted(_SUFFIXES)}"
+    )
+  return sorted(names)
+
+
+def _check_link(path: pathlib.Path, inside: pathlib.Path) -> None:
+  """Links to image files within the folder are fine, others are refused."""
+  if path.is_dir():
+    raise ValueError(
+      f"{os.fspath(path)!r} is a link to a folder; name that folder itself"
+    )
+  if not path.resolve().is_relative_to(inside):
+    raise ValueError(
+      f"{os.fspath(path)!r} links out of {os.fspath(inside)!r}; copy the file"
+      " into the folder"
+    )
+
+
+def _pillow() -> Any:
+  try:
+    import PIL.Image
+    import PIL.ImageOps
+  except ImportError as error:
+    raise ImportError(
+      "ImageFolder needs the package pillow: pip install 'isthmus[data]'"
+    ) from error
+  return PIL

@@ -1,0 +1,164 @@
+"""TensorFlow Datasets without TensorFlow: array_record files, random access."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import filelock
+import numpy as np
+
+from isthmus.data.source import Example, check_split
+
+_SIZES = "isthmus_sizes.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+  """A data set of tensorflow_datasets, read through its `as_data_source`.
+
+  What is not prepared yet is downloaded and prepared as array_record, under
+  a file lock, so processes that start together prepare it once. Nested
+  features come flattened, "outer/inner"; Text and other strings as bytes.
+
+  Args:
+    builder: a name ("mnist", "mnist/config:3.0.1") or a builder class.
+    train: the TFDS split that is the training split, e.g. "train[:90%]".
+    eval: the TFDS split that is held out.
+    data_dir: where data sets live; None means TFDS's folder.
+    manual_dir: of files that TFDS asks to be downloaded by hand.
+
+  Raises:
+    ImportError: when opened, where tensorflow_datasets, array_record or
+      importlib_resources is missing.
+    ValueError: when opened, a prepared file whose size has changed.
+
+  Example:
+    >>> Tfds("mnist").open("train")[0]["image"].shape  # downloads
+    (28, 28, 1)
+  """
+
+  builder: str | type
+  _: dataclasses.KW_ONLY
+  train: str = "train"
+  eval: str = "test"
+  data_dir: str | os.PathLike | None = None
+  manual_dir: str | os.PathLike | None = None
+
+  def open(self, split: str) -> "TfdsSource":
+    check_split(split)
+    builder = self._prepare()
+    name = self.train if split == "train" else self.eval
+    data = builder.as_data_source(split=name)
+    return TfdsSource(data, os.fspath(builder.data_dir))
+
+  def _make(self) -> Any:
+    tfds = _import()
+    data_dir = None if self.data_dir is None else os.fspath(self.data_dir)
+    if isinstance(self.builder, str):
+      # A prepared data set comes back in the format that it has on disk.
+      make = lambda **k: tfds.builder(self.builder, data_dir=data_dir, **k)
+    else:
+      make = lambda **k: self.builder(data_dir=data_dir, **k)
+    builder = make()
+    if _is_prepared(builder):
+      return builder
+    return make(file_format="array_record")
+
+  def _prepare(self) -> Any:
+    builder = self._make()
+    if _is_prepared(builder):
+      return _checked(builder)
+    folder = pathlib.Path(builder.data_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+      builder = self._make()  # another process may have prepared it meanwhile
+      if not _is_prepared(builder):
+        # The lock is held: these are leftovers of processes that were killed.
+        for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
+          shutil.rmtree(left, ignore_errors=True)
+        tfds, options = _import(), {}
+        if self.manual_dir is not None:
+          options["manual_dir"] = os.fspath(self.manual_dir)
+        builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(**options)
+        )
+        _note_sizes(folder)
+    return _checked(builder)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfdsSource:
+  """Examples of a `tfds.data_source`; see Tfds."""
+
+  data: Any
+  folder: str
+
+  def __len__(self) -> int:
+    return len(self.data)
+
+  def __getitem__(self, i: int) -> Example:
+    return self.__getitems__([i])[0]
+
+  def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+    try:
+      records = self.data.__getitems__(list(indices))
+    except RuntimeError as error:  # array_record's, for damaged blocks
+      raise RuntimeError(
+        f"cannot read {self.folder} ({error}); delete that folder to have it"
+        " prepared again"
+      ) from error
+    return [_flatten(record) for record in records]
+
+
+def _flatten(record: dict[str, Any], prefix: str = "") -> Example:
+  flat = {}
+  for name, value in record.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{name}/"))
+    else:
+      text = isinstance(value, bytes | str)
+      flat[prefix + name] = value if text else np.asarray(value)
+  return flat
+
+
+def _is_prepared(builder: Any) -> bool:
+  return pathlib.Path(builder.data_dir, "dataset_info.json").exists()
+
+
+def _note_sizes(folder: pathlib.Path) -> None:
+  """Sizes of the data files: array_record opens a truncated one silently."""
+  sizes = {p.name: p.stat().st_size for p in folder.glob("*.array_record*")}
+  part = folder / f"{_SIZES}.part"
+  part.write_text(json.dumps(sizes))
+  os.replace(part, folder / _SIZES)
+
+
+def _checked(builder: Any) -> Any:
+  folder = pathlib.Path(builder.data_dir)
+  if not (folder / _SIZES).exists():  # prepared by someone else
+    return builder
+  for name, size in json.loads((folder / _SIZES).read_text()).items():
+    path = folder / name
+    found = path.stat().st_size if path.exists() else 0
+    if found != size:
+      raise ValueError(
+        f"{os.fspath(path)!r} holds {found} bytes, it was prepared with"
+        f" {size}; delete {os.fspath(folder)!r} to have it prepared again"
+      )
+  return builder
+
+
+def _import() -> Any:
+  try:
+    import array_record  # noqa: F401
+    import importlib_resources  # noqa: F401
+    import tensorflow_datasets
+  except ImportError as error:
+    raise ImportError(
+      f"Tfds needs the package {error.name}: pip install 'isthmus[data]'"
+    ) from error
+  return tensorflow_datasets
