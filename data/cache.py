@@ -81,7 +81,7 @@ def open_cached(
     with filelock.FileLock(f"{entry}.lock"):
       stream = _open_entry(entry)
       if stream is None:
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
         _build(entry, pieces)
         stream = _open_entry(entry)
   except PermissionError as error:
@@ -115,6 +115,13 @@ def _open_entry(entry: pathlib.Path) -> Stream | None:
 def _digest(path: pathlib.Path) -> str:
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _remove(entry: pathlib.Path) -> None:
+  if entry.is_dir() and not entry.is_symlink():
+    shutil.rmtree(entry)
+  else:
+    entry.unlink(missing_ok=True)
 
 
 def _build(entry: pathlib.Path, pieces: Pieces) -> None:

@@ -94,8 +94,9 @@ class Tokenizer:
       raise ImportError(
         "Tokenizer needs the package tokenizers: pip install 'isthmus[data]'"
       ) from error
+    content = self._content
     try:
-      model = tokenizers.Tokenizer.from_str(self._content.decode())
+      model = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the package raises bare exceptions
       raise ValueError(
         f"{os.fspath(self.path)!r} is not a tokenizers JSON file: {error}"
