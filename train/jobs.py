@@ -175,8 +175,9 @@ class Generate:
     """The continuation of the prompt under `params`."""
     from isthmus.nets.sample.decode import generate
 
-    start = [self.tokenizer.start]
-    ids = np.array([*start, *self.tokenizer.encode(self.prompt)], np.int32)
+    pieces = self.tokenizer.encode([("prompt", self.prompt)])
+    prompt = [tokens for tokens, _ in pieces]
+    ids = np.concatenate([[self.tokenizer.start], *prompt]).astype(np.int32)
     out = generate(
       self.model,
       params,

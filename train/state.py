@@ -141,7 +141,7 @@ def make_step(
       average = jax.tree.map(
         lambda a, p: a + (1 - ema) * (p - a).astype(a.dtype), average, params
       )
-    metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
     metrics = {k: v.astype(jnp.float32) for k, v in metrics.items()}
     new = TrainState(
       step=state.step + 1,

@@ -1,7 +1,7 @@
 """What the loop asks of a task: four pure functions on a frozen dataclass."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,7 @@ class Aux:
   mutables: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@runtime_checkable
 class Task(Protocol):
   """Turns a model and batches into numbers. `model` is a Linen module."""
 
