@@ -1,6 +1,9 @@
 """Batches: functions of (seed, step), whoever loads them and whenever."""
 
 import gc
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -372,3 +375,50 @@ def test_a_take_of_the_wrong_length_is_named():
 
   with pytest.raises(ValueError, match=r"'x': take\(4 indices\).*\(3, 2\)"):
     Loader(Short(9), batch_size=4, seed=0).host_batch(0)
+
+
+# -- several processes --
+
+WORKER = """
+import sys
+import jax
+import numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from isthmus.data.loader import Loader
+from tests.data.test_loader import Items, jitter
+
+auto = (AxisType.Auto,) * 2
+for shape, held in (((4, 1), 4), ((1, 4), 8), ((2, 2), 4)):
+  mesh = jax.make_mesh(shape, ("data", "model"), axis_types=auto)
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  source = Items(11)
+  settings = dict(batch_size=8, seed=3, transform=jitter)
+  loader = Loader(source, sharding=sharding, **settings)
+  alone = Loader(Items(11), **settings)
+  for step, batch in loader.iterate(2, 5):
+    for name, array in alone.host_batch(step).items():
+      whole = multihost_utils.process_allgather(batch[name], tiled=True)
+      np.testing.assert_array_equal(whole, array)
+  assert sum(source.read.values()) == 3 * held, source.read
+  valid = [b["valid"] for b in loader.once()]
+  total = sum(float(jax.jit(lambda v: v.sum())(v)) for v in valid)
+  assert total == 11
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_batch_that_one_sees():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  workers = [
+    subprocess.Popen([sys.executable, "-c", WORKER, str(i), str(port)])
+    for i in range(2)
+  ]
+  assert [worker.wait(180) for worker in workers] == [0, 0]

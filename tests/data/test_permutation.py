@@ -56,6 +56,7 @@ def test_values_are_pinned_so_that_a_resumed_run_sees_the_same_order():
   assert permute(np.arange(8), 8, (0, 0)).tolist() == [
     6, 3, 5, 7, 1, 0, 4, 2,
   ]  # fmt: skip
+  assert permute(np.arange(4), 1000, (7, 2)).tolist() == [291, 960, 827, 472]
 
 
 @pytest.mark.parametrize("i,n", [(5, 5), (-1, 5), (0, 0)])

@@ -1,6 +1,7 @@
 """Packing: every byte of every document is predicted once, and by whom."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -171,3 +172,18 @@ def test_corpora_of_files_name_what_is_wrong(tmp_path):
 
 def test_bytes_decode_leaves_out_starts():
   assert Bytes().decode([256, *"zwölf".encode(), 256]) == "zwölf"
+
+
+def test_text_is_sliced_not_walked():
+  """Far below the 10 to 50 M tokens/s measured, far above a Python loop."""
+  rng = np.random.default_rng(0)
+  corpus = Docs(tuple(rng.bytes(5000) for _ in range(400)))
+  source = Text(corpus, seq_len=4096).open("train")
+  loader = Loader(source, batch_size=16, seed=0)
+  loader.host_batch(0)
+  taken = []
+  for step in range(5):
+    begin = time.perf_counter()
+    loader.host_batch(step)
+    taken.append(time.perf_counter() - begin)
+  assert 16 * 4096 / min(taken) > 2e6

@@ -88,7 +88,7 @@ def test_flipped_byte_is_named_with_the_remedy(builder, tmp_path):
   source = Tfds(builder, data_dir=tmp_path).open("train")
   (path,) = (tmp_path / "squares" / "1.0.0").glob("*train*array_record*")
   content = bytearray(path.read_bytes())
-  content[30] ^= 0xFF
+  content[100] ^= 0xFF
   path.write_bytes(content)
   with pytest.raises(RuntimeError, match="1.0.0.*delete that folder"):
     source = Tfds(builder, data_dir=tmp_path).open("train")
