@@ -269,7 +269,7 @@ def _canonical(name: str, array: np.ndarray) -> np.ndarray:
       f"field {name!r} has dtype {array.dtype}, which no device holds; encode"
       " or drop it in transform, or read it from host_batch"
     )
-  dtype = jax.numpy.result_type(array.dtype)
+  dtype = jax.dtypes.canonicalize_dtype(array.dtype)
   if dtype != array.dtype and dtype.kind in "iu" and array.size:
     limits = np.iinfo(dtype)
     low, high = array.min(), array.max()

@@ -69,6 +69,17 @@ def test_shorter_side_is_scaled_and_the_longer_one_cropped(tmp_path):
   assert grey.open("train")[0]["image"].shape == (10, 10, 1)
 
 
+def test_orientation_noted_by_the_camera_is_applied(tmp_path):
+  half = np.zeros((12, 12, 3), np.uint8)
+  half[:6] = 255  # bright above, as stored
+  exif = Image.Exif()
+  exif[0x0112] = 3  # upside down
+  (tmp_path / "a").mkdir()
+  Image.fromarray(half).save(tmp_path / "a" / "x.jpg", exif=exif)
+  image = ImageFolder(tmp_path, size=12, eval_fraction=0.0).open("train")[0]
+  assert image["image"][:4].max() < 0.2 < 0.8 < image["image"][-4:].min()
+
+
 def test_separate_eval_folder_keeps_the_training_labels(folder, tmp_path):
   flat = np.full((9, 9), 7, np.uint8)
   save(tmp_path / "held" / "dog" / "0.png", flat)

@@ -185,7 +185,9 @@ class TwoHosts(NamedSharding):
     ({"model": 2, "data": 4}, PartitionSpec("data"), [0, 1, 4, 5]),
   ],
 )
-def test_a_process_loads_the_rows_of_its_devices_only(axes, spec, held):
+def test_a_process_loads_the_rows_of_its_devices_only(
+  axes, spec, held, monkeypatch
+):
   # Interleaved devices: rows that are not consecutive, replicated rows once.
   source = Items(100)
   sharding = TwoHosts(mesh_of(**axes), spec)
@@ -195,6 +197,20 @@ def test_a_process_loads_the_rows_of_its_devices_only(axes, spec, held):
   host = loader.host_batch(5, rows=loader._own_rows)
   assert sum(source.read.values()) == len(held)
   same(host, {name: array[held] for name, array in expected.items()})
+  # And hands each device its own.
+  placed = []
+
+  def assemble(shape, sharding, parts):
+    placed.append(parts)
+    return parts[0]
+
+  monkeypatch.setattr(jax, "make_array_from_single_device_arrays", assemble)
+  names, shape = list(loader.batch(5)), expected["x"].shape
+  parts = placed[names.index("x")]
+  shards = sharding.addressable_devices_indices_map(shape)
+  for part, (device, index) in zip(parts, shards.items(), strict=True):
+    assert part.devices() == {device}
+    np.testing.assert_array_equal(part, expected["x"][index])
 
 
 def test_batch_size_must_divide_over_the_sharded_axes():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.data.text import Text
-from isthmus.data.tokenizer import Bytes, Tokenizer
+from isthmus.data.tokenizer import Bytes, Tokenizer, _token_bytes
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -95,6 +95,27 @@ def test_bytes_of_a_token_are_those_of_its_text(path):
   for (begin, end), size in zip(pieces.offsets[:3], sizes[:3], strict=True):
     assert size == len(text[begin:end].encode())
   assert len(tokens) > 5  # the file's truncation to 5 is off
+
+
+def test_bytes_that_a_tokenizer_drops_are_counted(tmp_path):
+  words = tokenizers.models.WordLevel({"the": 0, "?": 1}, unk_token="?")
+  model = tokenizers.Tokenizer(words)
+  model.normalizer = tokenizers.normalizers.Lowercase()
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  model.save(str(tmp_path / "words.json"))
+  texts = ("   THE  Straße \n", "the", "  ", "–the")
+  tokenizer = Tokenizer(tmp_path / "words.json")
+  ((tokens, sizes),) = tokenizer.encode([("0", texts[0])])
+  assert tokens.tolist() == [0, 1]
+  assert sizes.tolist() == [8, 9]  # "   THE  " and "Straße \n"
+  _, batch = open_rows(Docs(texts), tokenizer, tmp_path)
+  # The document of two spaces gives no token that could stand for them.
+  assert batch["num_bytes"].sum() == 8 + 9 + 3 + 6
+
+
+def test_bytes_of_tokens_out_of_order_stay_whole():
+  sizes = _token_bytes("aéb d", [(1, 2), (0, 1), (1, 2), (4, 5)])
+  assert sizes.tolist() == [1, 0, 4, 1]
 
 
 def test_start_token_in_a_document_is_refused(path, tmp_path):
