@@ -1,10 +1,24 @@
 """Attention over chosen blocks: masks, mechanisms, caches. Knows no parameters."""
 
-if __name__ != "isthmus.attention":  # imported from a checkout as plain `attention`
+if (
+  __name__ != "isthmus.attention"
+):  # imported from a checkout as plain `attention`
   from isthmus.pallas.checkout import alias
 
   alias(__name__)
 else:
   from importlib.metadata import version
 
+  from isthmus.attention.cache import KVCache
+  from isthmus.attention.mask import EMPTY
+  from isthmus.attention.sdpa import attention, explain, report, save_attention
+
   __version__ = version("isthmus")
+  __all__ = [
+    "EMPTY",
+    "KVCache",
+    "attention",
+    "explain",
+    "report",
+    "save_attention",
+  ]

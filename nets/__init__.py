@@ -7,4 +7,22 @@ if __name__ != "isthmus.nets":  # imported from a checkout as plain `nets`
 else:
   from importlib.metadata import version
 
+  from isthmus.nets.mlp import GatedMlp, Mlp
+  from isthmus.nets.norm import RMSNorm
+  from isthmus.nets.stack import Stack, stack_layers, unstack_layers
+  from isthmus.nets.transformer import Attention, Block, Decoder, rope, rotation
+
   __version__ = version("isthmus")
+  __all__ = [
+    "Attention",
+    "Block",
+    "Decoder",
+    "GatedMlp",
+    "Mlp",
+    "RMSNorm",
+    "Stack",
+    "rope",
+    "rotation",
+    "stack_layers",
+    "unstack_layers",
+  ]

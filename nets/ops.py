@@ -1,0 +1,105 @@
+"""Pure functions over parameters that more than one network needs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from isthmus.pallas.dispatch import platform
+
+# Up to this many rows a table's gradient is a matmul with one-hot rows; above
+# it, a scatter. The matmul is deterministic, and few rows make a scatter slow:
+# all tokens add to the same few addresses.
+_ONE_HOT_ROWS = 2048
+
+
+@jax.custom_vjp
+def embed_lookup(
+  table: Float[Array, "v m"], tokens: Int[Array, "b t"]
+) -> Float[Array, "b t m"]:
+  """Rows of a table: `x_bt = table[tokens_bt]`.
+
+  Args:
+    table: one row a token of the vocabulary.
+    tokens: ids in [0, v); an id outside gives NaN.
+
+  Returns:
+    The rows, of the table's dtype.
+  """
+  return jnp.take(table, tokens, axis=0, mode="fill")
+
+
+def _embed_forward(table, tokens):
+  # An empty slice carries the table's shape and dtype without its memory.
+  return embed_lookup(table, tokens), (tokens, table[:, :0])
+
+
+def _embed_backward(residuals, dx):
+  tokens, like = residuals
+  rows, dtype = like.shape[0], like.dtype
+  ids, dx = tokens.reshape(-1), dx.reshape(-1, dx.shape[-1])
+  if rows <= _ONE_HOT_ROWS:
+    hot = jax.nn.one_hot(ids, rows, dtype=dx.dtype)
+    acc = jnp.promote_types(dx.dtype, jnp.float32)
+    # One-hot rows are exact in any dtype; float32 rows would be rounded to
+    # TF32 on a GPU.
+    exact = jax.lax.Precision.HIGHEST if dx.dtype == acc else None
+    table = jnp.einsum(
+      "xv,xm->vm", hot, dx, preferred_element_type=acc, precision=exact
+    )
+  else:
+    acc = jnp.promote_types(dx.dtype, jnp.float32)
+    table = jnp.zeros((rows, dx.shape[-1]), acc).at[ids].add(dx.astype(acc))
+  return table.astype(dtype), None
+
+
+embed_lookup.defvjp(_embed_forward, _embed_backward)
+
+
+def project(
+  x: Float[Array, "b t m"], kernel: Float[Array, "m v"], *, dtype: Any
+) -> Float[Array, "b t v"]:
+  """`x @ kernel` with operands of `dtype` and a result of at least float32.
+
+  The backward matmuls take operands of `dtype` too. Left to autodiff, they
+  would take the float32 cotangent, and so run at a fraction of the speed.
+
+  Args:
+    x: activations.
+    kernel: parameters, of any float dtype; their gradient is not rounded to
+      `dtype`.
+    dtype: what is multiplied; sums are kept in at least float32.
+
+  Returns:
+    The product, in float32 (float64 for float64).
+  """
+  return _project(jnp.dtype(dtype), x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(dtype, x, kernel):
+  return _matmul("btm,mv->btv", x, kernel, dtype)
+
+
+def _project_forward(dtype, x, kernel):
+  return _project(dtype, x, kernel), (x, kernel)
+
+
+def _project_backward(dtype, residuals, dy):
+  x, kernel = residuals
+  dx = _matmul("btv,mv->btm", dy, kernel, dtype)
+  dkernel = _matmul("btm,btv->mv", x, dy, dtype)
+  return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _matmul(equation, a, b, dtype):
+  acc = jnp.promote_types(dtype, jnp.float32)
+  a, b = a.astype(dtype), b.astype(dtype)
+  if platform() == "cpu":  # some layouts of bfloat16 are missing there
+    a, b = a.astype(acc), b.astype(acc)
+  return jnp.einsum(equation, a, b, preferred_element_type=acc)

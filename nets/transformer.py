@@ -1,0 +1,433 @@
+"""A decoder of pre-norm blocks: RoPE, grouped-query attention, SwiGLU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from isthmus.attention.cache import KVCache
+from isthmus.attention.sdpa import attention, save_attention
+from isthmus.nets.mlp import GatedMlp, fan_in
+from isthmus.nets.norm import RMSNorm
+from isthmus.nets.ops import embed_lookup, project
+from isthmus.nets.stack import Stack
+
+Rotation = tuple[jax.Array, jax.Array]
+
+
+def rotation(
+  positions: Int[Array, "#b t"], *, head_dim: int, theta: float = 1e4
+) -> Rotation:
+  """cos and sin of `p theta^(-2i/d)`, each float32 [b|1, t, d/2].
+
+  Args:
+    positions: p, in tokens.
+    head_dim: d; even.
+    theta: longest wavelength over 2 pi, about.
+
+  Reference: https://arxiv.org/abs/2104.09864
+  """
+  if head_dim % 2:
+    raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
+  powers = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  angles = positions[..., None].astype(jnp.float32) * theta**-powers
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: Float[Array, "b t n d"], turn: Rotation) -> Float[Array, "b t n d"]:
+  """Turns each pair (x_i, x_{i + d/2}) by its position's angle.
+
+  Args:
+    x: queries or keys, any heads.
+    turn: from `rotation`.
+
+  Returns:
+    The turned heads, of x's dtype; products of two depend on the difference
+    of their positions only.
+  """
+  cos, sin = (a[:, :, None, :] for a in turn)
+  a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Projections around one call of an attention mechanism.
+
+  `o(attend(rope(q(x)), rope(k(x)), v(x)))`, without biases; kernels are
+  `q` [m, n d], `k` and `v` [m, k d], `o` [n d, m].
+
+  Attributes:
+    num_heads: n, query heads.
+    num_kv_heads: k, of which n is a multiple.
+    head_dim: d.
+    attend: the mechanism, `isthmus.attention.attention` or one that takes the
+      same arguments; settings of its own are bound by `functools.partial`.
+    causal: queries see no later keys.
+    out_scale: factor on the initial standard deviation of `o`.
+    dtype: what is multiplied.
+    param_dtype: what is stored.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  attend: Callable[..., Any] = attention
+  causal: bool = True
+  out_scale: float = 1.0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    _check_heads(self.num_heads, self.num_kv_heads)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b t m"],
+    *,
+    turn: Rotation | None = None,
+    positions: Int[Array, "#b t"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    cache: KVCache | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, "b t m"], dict[str, Any]]:
+    """Attends within x, or to a cache that x is first appended to.
+
+    Args:
+      x: activations.
+      turn: rotary angles, or None for none.
+      positions: of x in the cache; used with a cache only.
+      segment_ids: attention stays within equal ids; not with a cache.
+      cache: keys and values of the past.
+      train: unused here; part of the protocol of blocks.
+
+    Returns:
+      (y, aux); aux has `cache`, the longer one, if one was given.
+    """
+    if cache is not None and segment_ids is not None:
+      raise ValueError("segment_ids and a cache are not taken together")
+    b, t, width = x.shape
+    n, k, d = self.num_heads, self.num_kv_heads, self.head_dim
+    q = self._dense(n * d, "q")(x).reshape(b, t, n, d)
+    key = self._dense(k * d, "k")(x).reshape(b, t, k, d)
+    value = self._dense(k * d, "v")(x).reshape(b, t, k, d)
+    if turn is not None:
+      q, key = rope(q, turn), rope(key, turn)
+    aux, extra = {}, {}
+    if segment_ids is not None:
+      extra["segment_ids"] = segment_ids
+    if cache is not None:
+      if positions is None:
+        positions = (cache.length + jnp.arange(t, dtype=jnp.int32))[None]
+      cache = cache.append(key, value, positions=positions)
+      key, value = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+      extra["q_positions"] = positions[:, None]
+      extra["kv_positions"] = cache.positions[:, None]
+      aux["cache"] = cache
+    o = self.attend(q, key, value, causal=self.causal, **extra)
+    return self._dense(width, "o", self.out_scale)(o.reshape(b, t, n * d)), aux
+
+  def _dense(self, features: int, name: str, scale: float = 1.0) -> nn.Dense:
+    return nn.Dense(
+      features,
+      use_bias=False,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      kernel_init=fan_in(scale),
+      name=name,
+    )
+
+
+class Block(nn.Module):
+  """`x <- x + attn(norm(x))`, `x <- x + mlp(norm(x))`.
+
+  Attributes:
+    attn: returns (y, aux).
+    mlp: returns y.
+    dropout: rate on what is added to x, in training.
+    eps: of the norms.
+    param_dtype: of the norms.
+  """
+
+  attn: nn.Module
+  mlp: nn.Module
+  dropout: float = 0.0
+  eps: float = 1e-6
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b t m"], *, train: bool = False, **inputs: Any
+  ) -> tuple[Float[Array, "b t m"], dict[str, Any]]:
+    """Runs the block; `inputs` go to `attn`, whose aux is returned."""
+
+    def norm(name):
+      return RMSNorm(eps=self.eps, param_dtype=self.param_dtype, name=name)
+
+    def drop(y, name):
+      if not self.dropout:
+        return y
+      return nn.Dropout(self.dropout, name=name)(y, deterministic=not train)
+
+    h = norm("norm_attn")(x)
+    y, aux = self.attn(h, train=train, **inputs)
+    x = x + drop(y, "drop_attn")
+    y = self.mlp(norm("norm_mlp")(x), train=train)
+    return x + drop(y, "drop_mlp"), aux
+
+
+class Decoder(nn.Module):
+  """A causal language model.
+
+  Initial weights: the token table is normal(0.02), so that tied logits start
+  small; kernels are normal(1 / sqrt(inputs)), and those that write into the
+  residual (`attn/o`, `mlp/down`) are smaller by sqrt(2 depth), so that its
+  size does not grow with the depth; norms start at 1.
+
+  Parameter paths: `embed/embedding` [v, m], `norm/scale` [m], `head/kernel`
+  [m, v] if not tied, and under `stack/blocks` (`stack/block_00` if scan=False)
+  `norm_attn/scale`, `attn/{q,k,v,o}/kernel`, `norm_mlp/scale` and
+  `mlp/{gate,up,down}/kernel`, kernels being [inputs, outputs].
+
+  Attributes:
+    vocab_size: v; a multiple of 8 or more is faster on a GPU.
+    width: m.
+    depth: number of blocks.
+    num_heads: n, query heads.
+    num_kv_heads: k; default n.
+    head_dim: d; default width / num_heads.
+    hidden: f, inner width of the SwiGLU; default 8 m / 3 rounded up to 64.
+    rope_theta: base of the rotary wavelengths.
+    tied: the head's kernel is the token table.
+    dropout: rate on the embedding and on what each layer adds, in training.
+    logits_softcap: bounds logits to (-c, c) by `c tanh(x / c)`.
+    eps: of the norms.
+    dtype: what is multiplied; statistics and logits are float32.
+    param_dtype: what is stored.
+    attend: the attention mechanism, see `Attention`.
+    scan, mode, policy: see `Stack`.
+
+  Raises:
+    ValueError: sizes that don't fit, at construction.
+
+  Example:
+    >>> model = Decoder(vocab_size=64, width=32, depth=2, num_heads=4)
+    >>> tokens = jnp.zeros((1, 8), jnp.int32)
+    >>> variables = model.init(jax.random.key(0), tokens)
+    >>> logits, aux = model.apply(variables, tokens)
+    >>> logits.shape
+    (1, 8, 64)
+  """
+
+  vocab_size: int
+  width: int
+  depth: int
+  num_heads: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  hidden: int | None = None
+  rope_theta: float = 1e4
+  tied: bool = True
+  dropout: float = 0.0
+  logits_softcap: float | None = None
+  eps: float = 1e-6
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  attend: Callable[..., Any] = attention
+  scan: bool = True
+  mode: str = "plain"
+  policy: Callable[..., Any] | None = save_attention
+
+  def __post_init__(self):
+    for name in ("vocab_size", "width", "depth", "num_heads"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
+    if self.head_dim is None and self.width % self.num_heads:
+      raise ValueError(
+        f"width {self.width} is not a multiple of num_heads {self.num_heads}"
+      )
+    _, kv_heads, head_dim, hidden = self.sizes
+    _check_heads(self.num_heads, kv_heads)
+    if head_dim < 2 or head_dim % 2:
+      raise ValueError(f"head_dim is {head_dim}; rotary positions pair it up")
+    if hidden < 1:
+      raise ValueError(f"hidden is {hidden}; it is at least 1")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout is {self.dropout}, not in [0, 1)")
+    if self.logits_softcap is not None and not self.logits_softcap > 0:
+      raise ValueError(f"logits_softcap is {self.logits_softcap}, not above 0")
+    super().__post_init__()
+
+  @property
+  def sizes(self) -> tuple[int, int, int, int]:
+    """(num_heads, num_kv_heads, head_dim, hidden), defaults filled in."""
+    kv_heads = self.num_kv_heads
+    head_dim, hidden = self.head_dim, self.hidden
+    return (
+      self.num_heads,
+      self.num_heads if kv_heads is None else kv_heads,
+      self.width // self.num_heads if head_dim is None else head_dim,
+      -(-8 * self.width // (3 * 64)) * 64 if hidden is None else hidden,
+    )
+
+  def setup(self):
+    n, k, d, hidden = self.sizes
+    kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    out_scale = (2 * self.depth) ** -0.5
+    attn = Attention(
+      n, k, d, attend=self.attend, out_scale=out_scale, parent=None, **kinds
+    )
+    block = Block(
+      attn,
+      GatedMlp(hidden, out_scale=out_scale, parent=None, **kinds),
+      dropout=self.dropout,
+      eps=self.eps,
+      param_dtype=self.param_dtype,
+      parent=None,
+    )
+    self.embed = Table(self.vocab_size, self.width, self.param_dtype)
+    self.stack = Stack(
+      block, self.depth, scan=self.scan, mode=self.mode, policy=self.policy
+    )
+    self.norm = RMSNorm(eps=self.eps, param_dtype=self.param_dtype)
+    if self.dropout:
+      self.drop = nn.Dropout(self.dropout)
+    if not self.tied:
+      self.head = Kernel(self.width, self.vocab_size, self.param_dtype)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "b t"],
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+    positions: Int[Array, "#b t"] | None = None,
+    cache: KVCache | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, "b t v"], dict[str, Any]]:
+    """Logits of the token after each.
+
+    Args:
+      tokens: ids in [0, v).
+      segment_ids: documents packed into a row; attention stays within each.
+      positions: what rotates queries and keys, and with a cache also what
+        causality compares; default 0, 1, ..., after the cache's length.
+      cache: from `init_cache`; the tokens are appended to it.
+      train: applies dropout, with the rng `dropout`.
+
+    Returns:
+      (logits, aux): logits in float32; aux has `hidden` [b t m], what the head
+      reads, and `cache`, the longer one, if one was given.
+    """
+    t = tokens.shape[1]
+    if positions is None:
+      start = 0 if cache is None else cache.length[0]
+      positions = (start + jnp.arange(t, dtype=jnp.int32))[None]
+    _, _, head_dim, _ = self.sizes
+    shared = {
+      "turn": rotation(positions, head_dim=head_dim, theta=self.rope_theta),
+      "train": train,
+    }
+    layers = {}
+    if cache is not None:
+      shared["positions"] = positions.astype(jnp.int32)
+      layers["cache"] = cache
+    if segment_ids is not None:
+      shared["segment_ids"] = segment_ids
+    x = embed_lookup(self.embed().astype(self.dtype), tokens)
+    if self.dropout:
+      x = self.drop(x, deterministic=not train)
+    x, aux = self.stack(x, layers=layers, **shared)
+    hidden = self.norm(x)
+    return self.project(hidden), {**aux, "hidden": hidden}
+
+  def project(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
+    """Logits of `aux["hidden"]`, or of some of its tokens."""
+    kernel = self.embed().T if self.tied else self.head()
+    logits = project(hidden, kernel, dtype=self.dtype)
+    if self.logits_softcap is not None:
+      cap = self.logits_softcap
+      logits = cap * jnp.tanh(logits / cap)
+    return logits
+
+  def init_cache(
+    self, *, batch: int, capacity: int, dtype: Any = None
+  ) -> KVCache:
+    """An empty cache of all layers; by default in the compute dtype."""
+    _, kv_heads, head_dim, _ = self.sizes
+    return KVCache.init(
+      batch=batch,
+      capacity=capacity,
+      num_kv_heads=kv_heads,
+      head_dim=head_dim,
+      depth=self.depth,
+      dtype=self.dtype if dtype is None else dtype,
+    )
+
+  def param_count(self) -> int:
+    """Number of parameters."""
+    table = self.vocab_size * self.width
+    norms = (2 * self.depth + 1) * self.width
+    return self._matmul_params() + norms + (table if not self.tied else 0)
+
+  def flops_per_token(self, seq_len: int) -> int:
+    """Model FLOPs of a training step (forward and backward), per token.
+
+    `6 P + 6 depth seq_len n d`, with P the parameters that are multiplied
+    (the head included, the lookup of the embedding not): 2 for the forward
+    and 4 for the backward pass. The second term is causal attention's two
+    matmuls, half of the square's `12 depth seq_len n d`. Recomputation, norms
+    and the optimiser are not counted.
+
+    Args:
+      seq_len: tokens in a row.
+    """
+    n, _, d, _ = self.sizes
+    return 6 * self._matmul_params() + 6 * self.depth * seq_len * n * d
+
+  def _matmul_params(self) -> int:
+    n, k, d, hidden = self.sizes
+    layer = 2 * self.width * (n + k) * d + 3 * self.width * hidden
+    return self.depth * layer + self.vocab_size * self.width
+
+
+class Table(nn.Module):
+  """The parameter `embedding` [v, m], normal(0.02)."""
+
+  rows: int
+  width: int
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self) -> Float[Array, "v m"]:
+    return self.param(
+      "embedding",
+      nn.initializers.normal(0.02),
+      (self.rows, self.width),
+      self.param_dtype,
+    )
+
+
+class Kernel(nn.Module):
+  """The parameter `kernel` [inputs, outputs], normal(1 / sqrt(inputs))."""
+
+  inputs: int
+  outputs: int
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self) -> Float[Array, "m v"]:
+    return self.param(
+      "kernel", fan_in(), (self.inputs, self.outputs), self.param_dtype
+    )
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+  if num_kv_heads < 1 or num_heads % num_kv_heads:
+    raise ValueError(
+      f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}"
+    )
