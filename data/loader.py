@@ -6,12 +6,10 @@ batch may straddle two of them, and resuming needs only the step. How many
 processes or devices there are decides who loads a row, not what it holds.
 """
 
-import atexit
+import contextlib
 import dataclasses
 import functools
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from isthmus.data.permutation import permute
+from isthmus.data.prefetch import prefetch
 from isthmus.data.source import Example, Source
 
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -118,7 +117,9 @@ class Loader:
     batch size and number of devices.
     """
     made = prefetch(self._final, range(self.num_batches), depth=self.prefetch)
-    return (batch for _, batch in made)
+    with contextlib.closing(made):
+      for _, batch in made:
+        yield batch
 
   # -- who loads what --
 
@@ -169,6 +170,7 @@ class Loader:
   def _load(self, positions: np.ndarray) -> Example:
     epochs, indices = self._locate(positions)
     take = getattr(self.source, "take", None)
+    several = getattr(self.source, "__getitems__", None)
     if take is not None:
       stacked = take(indices)
       for name, array in stacked.items():
@@ -182,8 +184,8 @@ class Loader:
       names = list(stacked)
       columns = zip(*stacked.values(), strict=True)
       examples = [dict(zip(names, row, strict=True)) for row in columns]
-    elif hasattr(self.source, "__getitems__"):
-      examples = self.source.__getitems__(indices.tolist())
+    elif several is not None:
+      examples = several(indices.tolist())
     else:
       examples = None
     if self.transform is not None or examples is None:
@@ -207,21 +209,24 @@ class Loader:
     arrays = {name: _canonical(name, array) for name, array in host.items()}
     if self.sharding is None:
       return jax.device_put(arrays)
-    return {name: self._place(array) for name, array in arrays.items()}
+    return {k: self._place(v, self.sharding) for k, v in arrays.items()}
 
-  def _place(self, array: np.ndarray) -> jax.Array:
+  def _place(
+    self, array: np.ndarray, sharding: jax.sharding.Sharding
+  ) -> jax.Array:
     """A global array from the rows that this process has loaded."""
     shape = (self.batch_size, *array.shape[1:])
-    shards = self.sharding.addressable_devices_indices_map(shape)
+    slot = np.zeros(self.batch_size, np.int64)
+    slot[self._own_rows] = np.arange(len(array))
+    shards = sharding.addressable_devices_indices_map(shape)
     parts = []
     for index in shards.values():
-      first, end, _ = index[0].indices(self.batch_size)
       # A shard's rows are consecutive and all loaded, so they stay so here.
-      begin = int(np.searchsorted(self._own_rows, first))
-      parts.append(array[begin : begin + end - first])
+      rows = slot[index[0] if index else slice(None)]
+      parts.append(array[rows[0] : rows[-1] + 1])
     # device_put, as make_array_from_callback trips the transfer guard.
     parts = jax.device_put(parts, list(shards))
-    return jax.make_array_from_single_device_arrays(shape, self.sharding, parts)
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def stack(examples: Sequence[Example], indices: np.ndarray) -> Example:
@@ -299,49 +304,3 @@ def _check_sharding(sharding: jax.sharding.Sharding, batch_size: int) -> None:
       f"batch_size {batch_size} is not a multiple of {shards}, the size of the"
       f" mesh axes {axes} that shard it"
     )
-
-
-def prefetch(
-  make: Callable[[int], Any], steps: Iterable[int], *, depth: int
-) -> Generator[tuple[int, Any], None, None]:
-  """(step, make(step)) in order, up to `depth` of them made ahead.
-
-  The thread starts with the first `next` and is gone when the generator is
-  closed, exhausted or collected, or when the interpreter exits.
-  """
-  done: queue.SimpleQueue = queue.SimpleQueue()
-  slots, stopped = threading.Semaphore(depth), threading.Event()
-
-  def produce():
-    for step in steps:
-      slots.acquire()
-      if stopped.is_set():
-        return
-      try:
-        done.put((step, make(step), None))
-      except BaseException as error:
-        error.add_note(f"raised by the data loader at step {step}")
-        done.put((step, None, error))
-        return
-    done.put(None)
-
-  thread = threading.Thread(target=produce, name="isthmus-batches", daemon=True)
-
-  def stop():
-    stopped.set()
-    slots.release()
-    thread.join()
-
-  thread.start()
-  # A daemon thread still inside jax at interpreter exit would abort it.
-  atexit.register(stop)
-  try:
-    while (item := done.get()) is not None:
-      step, value, error = item
-      if error is not None:
-        raise error
-      slots.release()
-      yield step, value
-  finally:
-    atexit.unregister(stop)
-    stop()

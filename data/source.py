@@ -109,6 +109,8 @@ class Arrays:
   eval: Mapping[str, Any] | None = None
 
   def open(self, split: str) -> ArraySource:
-    given = {"train": self.train, "eval": self.eval}
-    check_split(split, [k for k, v in given.items() if v is not None])
+    given = {"train": self.train}
+    if self.eval is not None:
+      given["eval"] = self.eval
+    check_split(split, given)
     return ArraySource(given[split])

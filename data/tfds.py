@@ -1,6 +1,7 @@
 """TensorFlow Datasets without TensorFlow: array_record files, random access."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -58,15 +59,13 @@ class Tfds:
   def _make(self) -> Any:
     tfds = _import()
     data_dir = None if self.data_dir is None else os.fspath(self.data_dir)
-    if isinstance(self.builder, str):
-      # A prepared data set comes back in the format that it has on disk.
-      make = lambda **k: tfds.builder(self.builder, data_dir=data_dir, **k)
-    else:
-      make = lambda **k: self.builder(data_dir=data_dir, **k)
-    builder = make()
+    # By name, a prepared data set comes back in the format it has on disk.
+    by_name = functools.partial(tfds.builder, self.builder)
+    make = by_name if isinstance(self.builder, str) else self.builder
+    builder = make(data_dir=data_dir)
     if _is_prepared(builder):
       return builder
-    return make(file_format="array_record")
+    return make(data_dir=data_dir, file_format="array_record")
 
   def _prepare(self) -> Any:
     builder = self._make()

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from isthmus.data.loader import Loader, prefetch, stack
+from isthmus.data.loader import Loader, stack
 from isthmus.data.source import ArraySource
 
 
@@ -245,18 +244,6 @@ def test_iterate_resumes_at_any_step_in_order(start):
   assert steps == list(range(start, 9))
 
 
-def test_prefetch_runs_ahead_by_its_depth_and_no_further():
-  made = []
-  batches = prefetch(lambda s: made.append(s) or s, iter(range(99)), depth=3)
-  assert next(batches) == (0, 0)
-  deadline = time.monotonic() + 5
-  while len(made) < 4 and time.monotonic() < deadline:
-    time.sleep(0.01)
-  time.sleep(0.05)
-  assert made == [0, 1, 2, 3]  # one taken, three ahead
-  batches.close()
-
-
 def _workers():
   return [t for t in threading.enumerate() if t.name == "isthmus-batches"]
 
@@ -275,6 +262,14 @@ def test_no_thread_is_left_behind(end):
     assert len(list(batches)) == 2
   del batches
   gc.collect()
+  assert not _workers()
+
+
+def test_a_pass_that_is_broken_off_leaves_no_thread():
+  batches = Loader(Items(50), batch_size=4, seed=3).once()
+  next(batches)
+  assert len(_workers()) == 1
+  batches.close()
   assert not _workers()
 
 
