@@ -49,6 +49,7 @@ def prefetch(
   thread.start()
   # A daemon thread still inside jax at interpreter exit would abort it.
   atexit.register(stop)
+  unregister = atexit.unregister  # module names are gone at the very end
   try:
     while (item := done.get()) is not None:
       step, value, error = item
@@ -57,5 +58,5 @@ def prefetch(
       slots.release()
       yield step, value
   finally:
-    atexit.unregister(stop)
+    unregister(stop)
     stop()
