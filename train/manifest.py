@@ -1,0 +1,174 @@
+"""MANIFEST.json: what a finished checkpoint holds, file by file.
+
+A flipped bit in a data file restores silently, so every file's SHA-256 is
+written down once and compared on each restore.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+NAME = "MANIFEST.json"
+FORMAT = 1
+PACKAGES = ("isthmus", "jax", "orbax-checkpoint", "tensorstore", "numpy")
+
+
+class DamageError(ValueError):
+  """A checkpoint that isn't what was written: the file, and what is wrong."""
+
+
+def write(
+  path: pathlib.Path, *, step: int, leaves: list[dict[str, Any]], extra: Any
+) -> None:
+  """Hashes the files below `path` onto the disk, then writes the manifest.
+
+  Files and folders are flushed before the manifest is, so a manifest that is
+  there speaks of files that are there.
+
+  Args:
+    path: the checkpoint's folder.
+    step: its step.
+    leaves: name, shape and dtype of each array.
+    extra: JSON values kept beside the arrays.
+  """
+  files = {}
+  for name in _names(path):
+    with (path / name).open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+      files[name] = {"size": file.tell(), "sha256": digest}
+      os.fsync(file.fileno())
+  for folder, _, _ in os.walk(path, topdown=False):
+    sync(pathlib.Path(folder))
+  body = {
+    "format": FORMAT,
+    "step": step,
+    "versions": {name: _version(name) for name in PACKAGES},
+    "extra": extra,
+    "leaves": leaves,
+    "files": files,
+  }
+  write_text(
+    path / NAME, json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+  )
+
+
+def read(path: pathlib.Path, *, step: int) -> dict[str, Any]:
+  """The manifest of the checkpoint at `path`, checked against itself.
+
+  Raises:
+    DamageError: it is missing, is no manifest, or was changed.
+  """
+  try:
+    text = (path / NAME).read_bytes()
+  except FileNotFoundError:
+    if path.is_dir() and not any(path.iterdir()):
+      raise DamageError("the folder is empty") from None
+    raise DamageError(f"{NAME}: missing, the save was not finished") from None
+  except OSError as error:
+    raise DamageError(f"{NAME}: {error.strerror or error}") from None
+  try:
+    body = json.loads(text)
+    digest = body.pop("sha256")
+    known = body["format"]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise DamageError(f"{NAME}: not a manifest ({error})") from None
+  if _digest(body) != digest:
+    raise DamageError(f"{NAME}: changed after it was written")
+  if known != FORMAT:
+    raise DamageError(f"{NAME}: format {known}, this version reads {FORMAT}")
+  if body["step"] != step:
+    raise DamageError(f"{NAME}: of step {body['step']}, in folder {step}")
+  return body
+
+
+def verify(path: pathlib.Path, *, step: int) -> dict[str, Any]:
+  """Reads the manifest and compares every file with it.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    DamageError: names the first file that is missing or was changed.
+  """
+  body = read(path, step=step)
+  files = sorted(body["files"].items())
+  for name, entry in files:  # sizes first: they cost nothing
+    try:
+      size = (path / name).stat().st_size
+    except FileNotFoundError:
+      raise DamageError(f"{name}: missing") from None
+    except OSError as error:
+      raise DamageError(f"{name}: {error.strerror or error}") from None
+    if size != entry["size"]:
+      raise DamageError(f"{name}: {size} bytes, {entry['size']} were written")
+  for name, entry, digest in zip(
+    [name for name, _ in files],
+    [entry for _, entry in files],
+    _digests(path / name for name, _ in files),
+    strict=True,
+  ):
+    if digest != entry["sha256"]:
+      raise DamageError(f"{name}: its SHA-256 changed, the data is damaged")
+  return body
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Replaces a file at once: a reader sees the old one or the new one."""
+  part = path.with_name(path.name + ".part")
+  with part.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  part.replace(path)
+  sync(path.parent)
+
+
+def sync(folder: pathlib.Path) -> None:
+  """Flushes a folder's entries to disk, where the system can do that."""
+  try:
+    handle = os.open(folder, os.O_RDONLY)
+  except OSError:
+    return
+  try:
+    os.fsync(handle)
+  except OSError:
+    pass
+  finally:
+    os.close(handle)
+
+
+def _names(path: pathlib.Path) -> list[str]:
+  found = (p for p in path.rglob("*") if p.is_file())
+  names = (p.relative_to(path).as_posix() for p in found)
+  return sorted(n for n in names if n not in (NAME, NAME + ".part"))
+
+
+def _digests(paths: Iterable[pathlib.Path]) -> list[str]:
+  # hashlib lets go of the interpreter's lock: threads hash files at once.
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as x:
+    return list(x.map(_file_digest, paths))
+
+
+def _file_digest(path: pathlib.Path) -> str:
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise DamageError(f"{path.name}: {error.strerror or error}") from None
+
+
+def _digest(body: dict[str, Any]) -> str:
+  text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
