@@ -185,12 +185,23 @@ def _show(argv: list[str]) -> int:
 
 
 def _table(argv: list[str]) -> int:
-  _Parser(
+  parser = _Parser(
     prog="isthmus table", description="The table of systems, in Markdown."
-  ).parse_args(argv)
+  )
+  parser.add_argument(
+    "--write", type=pathlib.Path, metavar="README.md", help="put it in there"
+  )
+  args = parser.parse_args(argv)
   from isthmus.train import recipe
+  from isthmus.train.config import ConfigError
 
-  print(recipe.table())
+  if args.write is None:
+    print(recipe.table())
+    return 0
+  try:
+    recipe.write_table(args.write)
+  except ConfigError as error:
+    return _refuse(str(error))
   return 0
 
 

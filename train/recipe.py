@@ -89,3 +89,23 @@ def table() -> str:
       f"| {r['Measured']} |"
     )
   return "\n".join(lines)
+
+
+_MARKS = ("<!-- systems: isthmus table -->", "<!-- end -->")
+
+
+def write_table(document: pathlib.Path) -> None:
+  """Puts the table between the two marks of a Markdown document.
+
+  Raises:
+    ConfigError: the document can't be read, or lacks the marks.
+  """
+  try:
+    text = document.read_text()
+  except OSError as error:
+    raise ConfigError(f"{document}: {error.strerror}") from error
+  before, begin, rest = text.partition(_MARKS[0])
+  _, end, after = rest.partition(_MARKS[1])
+  if not begin or not end:
+    raise ConfigError(f"{document} lacks the marks {' and '.join(_MARKS)}")
+  document.write_text(f"{before}{begin}\n{table()}\n{end}{after}")
