@@ -49,7 +49,6 @@ def prefetch(
   thread.start()
   # A daemon thread still inside jax at interpreter exit would abort it.
   atexit.register(stop)
-  unregister = atexit.unregister  # module names are gone at the very end
   try:
     while (item := done.get()) is not None:
       step, value, error = item
@@ -58,5 +57,8 @@ def prefetch(
       slots.release()
       yield step, value
   finally:
-    unregister(stop)
-    stop()
+    # Where atexit has stopped the thread, this runs in the last moments of the
+    # interpreter, when the modules that stopping needs may be empty.
+    if not stopped.is_set():
+      atexit.unregister(stop)
+      stop()
