@@ -9,8 +9,10 @@ import jax
 import jaxtyping
 import pytest
 
+import tests.typecheck  # noqa: F401 (named in the hook)
+
 # Public boundaries are annotated with shapes; in tests they are checked.
-jaxtyping.install_import_hook("isthmus", "beartype.beartype")
+jaxtyping.install_import_hook("isthmus", "tests.typecheck.check")
 
 
 def _asked(config, name):

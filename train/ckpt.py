@@ -4,19 +4,12 @@ Orbax v1 writes and reads the arrays; this is the one file that knows it. What
 it adds: a step counts once its SHA-256 manifest is on the disk, a restore
 checks every file against it and walks back to the last good step, and nothing
 is cast, padded or left out silently.
-
-On disk, in the checkpointer's folder (shared by all processes):
-
-    12/                  a finished step: Orbax's files and MANIFEST.json
-    15.pending/          being written; renamed to 15 when all of it is on disk
-    9.deleted, 9.replaced   on their way out
 """
 
 import json
 import logging
 import operator
 import pathlib
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -25,18 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from isthmus.train import leaves, log, manifest
+from isthmus.train import leaves, log, manifest, steps
 from isthmus.train.leaves import Name
 from isthmus.train.manifest import DamageError
+from isthmus.train.steps import CheckpointError
 
-State = Any
-_LEFTOVER = re.compile(
-  r"\d+(\.(pending|replaced|deleted))?(\.orbax-checkpoint-tmp.*)?"
-)
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that can't be written, found or trusted, and what to do."""
+__all__ = ["CheckpointError", "Checkpointer", "restore_params"]
 
 
 class Checkpointer:
@@ -46,13 +33,16 @@ class Checkpointer:
   on a folder they share. One checkpointer at a time writes to a folder.
 
   Args:
-    directory: the folder; made if missing. What a killed save left in it is
-      removed.
+    directory: the folder; made if missing. What a killed save left half done
+      in it is removed.
     keep: newest steps to keep.
     keep_every: also keep the steps that are multiples of this.
 
+  Raises:
+    CheckpointError: the folder can't be made or written.
+
   Example:
-    >>> with Checkpointer(workdir / "ckpt") as ckpt:
+    >>> with Checkpointer(workdir / "ckpt") as ckpt:  # doctest: +SKIP
     ...   restored = ckpt.restore(target)
     ...   step, state = (0, init()) if restored is None else restored
     ...   ckpt.save(step, state)
@@ -72,17 +62,17 @@ class Checkpointer:
     self.directory = pathlib.Path(directory).absolute()
     self.keep, self.keep_every = keep, keep_every
     self._thread: threading.Thread | None = None
-    self._step: int | None = None
-    self._error: BaseException | None = None
+    self._step: int | None = None  # the one being written, or the last one
+    self._error: Exception | None = None
     self._damaged: set[int] = set()
     if jax.process_index() == 0:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._tidy()
+        steps.tidy(self.directory)
       except OSError as error:
         raise CheckpointError(
           f"checkpoints can't be kept in {self.directory}: "
-          f"{error.strerror or error}; give another folder"
+          f"{error.strerror or error}; mend access to it or give another folder"
         ) from error
 
   def __enter__(self) -> "Checkpointer":
@@ -102,7 +92,7 @@ class Checkpointer:
   def save(
     self,
     step: int,
-    state: State,
+    state: Any,
     *,
     extra: dict[str, Any] | None = None,
     wait: bool = False,
@@ -116,7 +106,7 @@ class Checkpointer:
     Args:
       step: its number, at least 0.
       state: any tree of arrays, typed keys and numbers.
-      extra: JSON values to keep beside it; see `extra`.
+      extra: JSON values to keep beside it; read them with `extra`.
       wait: return when it is on the disk.
 
     Raises:
@@ -134,11 +124,12 @@ class Checkpointer:
     if not stored:
       raise ValueError("the state holds no arrays; there is nothing to save")
     self.wait()
-    pending = self.directory / f"{step}.pending"
     self._step = step
+    pending = steps.pending(self.directory, step)
+    first = jax.process_index() == 0
     try:
-      if jax.process_index() == 0:
-        _remove(pending)
+      if first:
+        steps.remove(pending)
       response = _write(pending, leaves.nest(stored))
     except Exception as error:
       raise CheckpointError(self._failure(error)) from error
@@ -146,14 +137,22 @@ class Checkpointer:
     def finish() -> None:
       try:
         response.result()  # every process has written
-        if jax.process_index() == 0:
+        if first:
           manifest.write(pending, step=step, leaves=held, extra=extra)
-          self._commit(step)
-          self._prune(step)
+          steps.commit(self.directory, step)
+          self._damaged.discard(step)
+          steps.prune(
+            self.directory,
+            newest=step,
+            keep=self.keep,
+            keep_every=self.keep_every,
+            damaged=self._damaged,
+          )
       except Exception as error:
         self._error = error
-        if jax.process_index() == 0:
-          shutil.rmtree(pending, ignore_errors=True)
+        if first:
+          for path in self.directory.glob(pending.name + "*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
     self._thread.start()
@@ -184,13 +183,13 @@ class Checkpointer:
         "process failed, see its message"
       )
 
+  def close(self) -> None:
+    """Waits for the last write; raises what it raised."""
+    self.wait()
+
   def steps(self) -> list[int]:
     """The finished steps, ascending."""
-    return [
-      s
-      for s in _numbers(self.directory)
-      if (self.directory / str(s) / manifest.NAME).is_file()
-    ]
+    return steps.finished(self.directory)
 
   def latest(self) -> int | None:
     """The newest finished step, or None."""
@@ -198,14 +197,11 @@ class Checkpointer:
 
   def extra(self, step: int) -> dict[str, Any] | None:
     """What was saved as `extra` beside a step."""
-    try:
-      return manifest.read(self.directory / str(step), step=step)["extra"]
-    except DamageError as error:
-      raise CheckpointError(_refusal(self.directory, {step: error})) from None
+    return _manifest(self.directory, step)["extra"]
 
   def restore(
-    self, target: State, step: int | None = None
-  ) -> tuple[int, State] | None:
+    self, target: Any, step: int | None = None
+  ) -> tuple[int, Any] | None:
     """The newest state that is whole, on the devices that `target` names.
 
     A damaged step is reported, left where it is and walked past.
@@ -224,74 +220,30 @@ class Checkpointer:
         differs from `target` in a leaf, a shape or a dtype.
     """
     self.wait()
-    found, damaged = _agree(lambda: _find(self.directory, step))
+    found, damaged = _agree(lambda: steps.find(self.directory, step))
     self._damaged.update(damaged)
     if found is None:
       return None
     return found, _load(self.directory, found, target)
 
-  def close(self) -> None:
-    """Waits for the last write; raises what it raised."""
-    self.wait()
-
-  def _failure(self, error: BaseException) -> str:
+  def _failure(self, error: Exception) -> str:
     return (
       f"checkpoint {self._step} in {self.directory} was not written: "
       f"{_line(error)}; earlier ones are untouched, make room or mend access "
       "and run again"
     )
 
-  def _commit(self, step: int) -> None:
-    """Puts the complete `step.pending` in the place of `step`."""
-    final = self.directory / str(step)
-    old = self.directory / f"{step}.replaced"
-    if final.exists():
-      _remove(old)
-      final.rename(old)
-    (self.directory / f"{step}.pending").rename(final)
-    manifest.sync(self.directory)
-    self._damaged.discard(step)
-    _remove(old)
-
-  def _prune(self, newest: int) -> None:
-    """Deletes what `keep` and `keep_every` don't hold on to.
-
-    The step just written always stays: the ones above it may be damaged.
-    """
-    steps = [s for s in self.steps() if s not in self._damaged]
-    kept = {newest, *steps[-self.keep :]}
-    for step in steps:
-      if step in kept or (self.keep_every and step % self.keep_every == 0):
-        continue
-      # Renamed first, so that a kill leaves no step with half its files.
-      gone = self.directory / f"{step}.deleted"
-      _remove(gone)
-      (self.directory / str(step)).rename(gone)
-      _remove(gone)
-
-  def _tidy(self) -> None:
-    """Finishes or removes what a kill left half done."""
-    for path in self.directory.glob("*.pending"):
-      number = path.name.removesuffix(".pending")
-      if number.isdecimal() and (path / manifest.NAME).is_file():
-        self._commit(int(number))
-    for path in self.directory.glob("*.replaced"):
-      final = path.with_suffix("")
-      if path.stem.isdecimal() and not final.exists():
-        path.rename(final)
-    for path in list(self.directory.iterdir()):
-      if _LEFTOVER.fullmatch(path.name) and not path.name.isdecimal():
-        _remove(path)
-
 
 def restore_params(
   directory: str | pathlib.Path,
   *,
   step: int | None = None,
-  target: State | None = None,
+  target: Any = None,
   average: bool = True,
 ) -> tuple[int, Any]:
   """The parameters alone, without knowing the optimiser or the mesh.
+
+  Nothing in the folder is changed, so a run may be writing to it.
 
   Args:
     directory: a checkpointer's folder.
@@ -307,16 +259,16 @@ def restore_params(
     CheckpointError: there is no checkpoint, or none that can be trusted.
   """
   directory = pathlib.Path(directory).absolute()
-  found, _ = _agree(lambda: _find(directory, step))
+  found, _ = _agree(lambda: steps.find(directory, step))
   if found is None:
     raise CheckpointError(f"no checkpoint in {directory}; train there first")
-  held = _held(directory / str(found), found)
-  names = {name[0] for name in held}
-  field = "ema" if average and "ema" in names else "params"
-  if field not in names:
+  held = _held(_manifest(directory, found))
+  fields = {name[0] for name in held}
+  field = "ema" if average and "ema" in fields else "params"
+  if field not in fields:
     raise CheckpointError(
       f"checkpoint {found} in {directory} has no params, but "
-      f"{', '.join(sorted(names))}"
+      f"{', '.join(sorted(fields))}; point at a training run's folder"
     )
   if target is None:
     target = leaves.nest(
@@ -329,50 +281,14 @@ def restore_params(
   return found, _load(directory, found, target, field=field)
 
 
-def _find(
-  directory: pathlib.Path, step: int | None
-) -> tuple[int | None, list[int]]:
-  """The step to restore, every file of it checked, and the damaged ones."""
-  numbers = _numbers(directory)
-  if step is not None and step not in numbers:
-    has = ", ".join(map(str, numbers)) or "none"
-    raise CheckpointError(
-      f"no checkpoint of step {step} in {directory}; there are: {has}"
-    )
-  damage: dict[int, DamageError] = {}
-  for number in reversed(numbers) if step is None else [step]:
-    try:
-      manifest.verify(directory / str(number), step=number)
-      return number, list(damage)
-    except DamageError as error:
-      damage[number] = error
-      if step is None:
-        log.say(
-          f"warning: checkpoint {number} in {directory} can't be used: {error};"
-          " looking at the one before"
-        )
-  if damage:
-    raise CheckpointError(_refusal(directory, damage))
-  return None, []
-
-
-def _refusal(directory: pathlib.Path, damage: dict[int, DamageError]) -> str:
-  reasons = "; ".join(f"step {s}: {e}" for s, e in damage.items())
-  return (
-    f"no checkpoint to trust in {directory}: {reasons}; restore another step, "
-    "put back a copy, or remove the folder to start again"
-  )
-
-
 def _load(
-  directory: pathlib.Path, step: int, target: State, *, field: str | None = None
-) -> State:
+  directory: pathlib.Path, step: int, target: Any, *, field: str | None = None
+) -> Any:
   """Reads a checked step, or a field of it, into `target`'s tree."""
-  path = directory / str(step)
   where = f"checkpoint {step} in {directory}"
   prefix = () if field is None else (field,)
   wanted = leaves.flatten(target, prefix=prefix)
-  held = _held(path, step)
+  held = _held(_manifest(directory, step))
   part = {n: entry for n, entry in held.items() if n[: len(prefix)] == prefix}
   wrong = leaves.mismatch(part, wanted)
   if wrong is not None:
@@ -385,25 +301,29 @@ def _load(
     n: leaves.template(n, wanted[n]) if n in wanted else None for n in stored
   }
   try:
-    tree = _read(path, templates)
+    tree = _read(directory / str(step), templates)
+    found = {n: leaves.pick(tree, n) for n in stored if n in wanted}
     out = [
-      leaves.restore(
-        n, leaves.pick(tree, n) if n in templates else None, w, part[n]
-      )
-      for n, w in wanted.items()
+      leaves.restore(n, found.get(n), leaf, part[n])
+      for n, leaf in wanted.items()
     ]
   except Exception as error:
-    raise CheckpointError(f"{where} can't be read: {_line(error)}") from error
+    raise CheckpointError(
+      f"{where} can't be read: {_line(error)}; its files are as written, so "
+      "look at memory, access and versions"
+    ) from error
   return jax.tree.unflatten(jax.tree.structure(target), out)
 
 
-def _held(path: pathlib.Path, step: int) -> dict[Name, dict[str, Any]]:
-  """Name -> shape and dtype of what a checkpoint holds."""
+def _manifest(directory: pathlib.Path, step: int) -> dict[str, Any]:
   try:
-    entries = manifest.read(path, step=step)["leaves"]
-  except DamageError as error:  # it was whole a moment ago
-    raise CheckpointError(_refusal(path.parent, {step: error})) from None
-  return {tuple(e["path"]): e for e in entries}
+    return manifest.read(directory / str(step), step=step)
+  except DamageError as error:
+    raise CheckpointError(steps.refusal(directory, {step: error})) from None
+
+
+def _held(body: dict[str, Any]) -> dict[Name, dict[str, Any]]:
+  return {tuple(entry["path"]): entry for entry in body["leaves"]}
 
 
 def _agree(compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -412,7 +332,7 @@ def _agree(compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     return compute()
   from jax.experimental import multihost_utils
 
-  answer = {"value": None, "error": None}
+  answer: dict[str, Any] = {"value": None, "error": None}
   if jax.process_index() == 0:
     try:
       answer["value"] = compute()
@@ -420,30 +340,15 @@ def _agree(compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
       answer["error"] = str(error)
   text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-  text = np.resize(text, size)
-  text = np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)
-  answer = json.loads(text.tobytes())
+  text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+  answer = json.loads(np.asarray(text, np.uint8).tobytes())
   if answer["error"] is not None:
     raise CheckpointError(answer["error"])
-  return tuple(answer["value"])
+  found, damaged = answer["value"]
+  return found, damaged
 
 
-def _numbers(directory: pathlib.Path) -> list[int]:
-  """Every step there is a folder for, whole or not, ascending."""
-  if not directory.is_dir():
-    return []
-  names = (p.name for p in directory.iterdir())
-  return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
-
-
-def _remove(path: pathlib.Path) -> None:
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
-
-
-def _line(error: BaseException) -> str:
+def _line(error: Exception) -> str:
   return " ".join(str(error).split())[:500] or type(error).__name__
 
 
@@ -456,24 +361,26 @@ def _orbax() -> Any:
   except ImportError:
     import orbax.checkpoint.experimental.v1 as v1
   # A failed write is raised, once; Orbax's threads would also log it, each
-  # with a traceback.
+  # with its traceback.
   noise = logging.getLogger("absl")
-  if _quiet not in noise.filters:
-    noise.addFilter(_quiet)
+  if _is_news not in noise.filters:
+    noise.addFilter(_is_news)
   return v1
 
 
-def _quiet(record: logging.LogRecord) -> bool:
+def _is_news(record: logging.LogRecord) -> bool:
   return "_SignalingThread.run() raised an exception" not in str(record.msg)
 
 
 def _write(path: pathlib.Path, tree: dict[str, Any]) -> Any:
   """Starts a write; `.result()` returns when all processes have written."""
   ocp = _orbax()
-  # Made in the background, folders that can't be made leave threads that wait
-  # for them for twenty minutes.
   context = ocp.Context()
+  # If folders made in the background can't be made, threads wait for them for
+  # twenty minutes, and so does the interpreter's exit.
   context.asynchronous.create_directories_asynchronously = False
+  # Parameters shrink by 8%, and take three times as long to write and read.
+  context.array.saving.use_compression = False
   with context:
     return ocp.save_async(path, tree)
 

@@ -287,8 +287,11 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     bar.close()
     if job.eval_every != 0 and not evaluated:
       evaluated = run.evaluate(state)
-    results.update({f"train/{k}": v for k, v in latest.items()})
-    results.update(speed.metrics())
+    whole = speed.metrics()
+    results.update(whole)
+    results.update(
+      {f"train/{k}": v for k, v in latest.items() if k not in whole}
+    )
     results.update({f"eval/{k}": v for k, v in evaluated.items()})
     results.update(_memory())
     if first:

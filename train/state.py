@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray
 
 from isthmus.train.tasks.task import Batch, Task
 
@@ -18,8 +17,10 @@ from isthmus.train.tasks.task import Batch, Task
 class TrainState:
   """Everything that a checkpoint holds; no functions.
 
+  The same tree also carries shapes, and shardings, so its fields are untyped.
+
   Attributes:
-    step: optimiser steps done.
+    step: optimiser steps done, int32 [].
     params: the model's parameters.
     opt_state: the optimiser's state.
     mutables: the model's other collections (running statistics).
@@ -27,11 +28,11 @@ class TrainState:
     ema: running average of the parameters, or None.
   """
 
-  step: Int[Array, ""]
+  step: Any
   params: Any
   opt_state: Any
   mutables: dict[str, Any]
-  key: PRNGKeyArray
+  key: Any
   ema: Any = None
 
 
