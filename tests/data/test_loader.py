@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from isthmus.data.loader import Loader, stack
+from isthmus.data.prefetch import prefetch
 from isthmus.data.source import ArraySource
 
 
@@ -265,7 +266,14 @@ def test_no_thread_is_left_behind(end):
   assert not _workers()
 
 
-def test_a_pass_that_is_broken_off_leaves_no_thread():
+def test_a_pass_that_is_broken_off_leaves_no_thread(monkeypatch):
+  inner = []  # a reference, so that collection cannot do the closing
+
+  def keep(*args, **kwargs):
+    inner.append(prefetch(*args, **kwargs))
+    return inner[-1]
+
+  monkeypatch.setattr("isthmus.data.loader.prefetch", keep)
   batches = Loader(Items(50), batch_size=4, seed=3).once()
   next(batches)
   assert len(_workers()) == 1
