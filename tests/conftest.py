@@ -1,9 +1,25 @@
 """Eight host devices; shapes and types of public boundaries checked."""
 
 import os
+import pathlib
+import platform
 import re
+import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Many tests train the same little run again: its step is compiled once, by
+# whichever process comes first. A folder a version, for jax doesn't tell them
+# apart; a folder a user, for it is executed.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(
+    pathlib.Path(tempfile.gettempdir())
+    / f"isthmus-tests-{os.getuid()}"
+    / f"{version('jaxlib')}-{platform.python_version()}"
+  ),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import jaxtyping
