@@ -49,7 +49,8 @@ class Fit:
     eval_every: steps between evaluations; None: at the end; 0: never.
     eval_batch_size: rows of an evaluation batch; None: `batch_size`.
     log_every: steps between records.
-    save_every: steps between checkpoints; None: at the end only.
+    save_every: steps between checkpoints; None: at the end; 0: never, but
+      for a run that is stopped.
     keep: newest checkpoints kept.
     profile: (first, last) steps of a profiler trace, or None.
     report: what to make of the finished run: comparisons, plots, samples.

@@ -6,6 +6,7 @@ New behaviour enters through a task, an optimiser, a data set or a report.
 import contextlib
 import json
 import math
+import os
 import pathlib
 import signal
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -80,21 +82,34 @@ class Run:
     self.shardings = mesh.shardings(shapes, job.rules, self.mesh)
     self.target = mesh.structs(shapes, self.shardings)
     copied = NamedSharding(self.mesh, PartitionSpec())
+    step = make_step(
+      job.model, job.task, tx, accumulate=job.accumulate, ema=job.ema
+    )
+    schedule = job.schedule()
+
+    def train_step(state, batch):
+      new, metrics = step(state, batch)
+      if schedule is not None:  # here, for outside it would be 12 more kernels
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
+      return new, metrics
+
     self.step = jax.jit(
-      make_step(
-        job.model, job.task, tx, accumulate=job.accumulate, ema=job.ema
-      ),
-      donate_argnums=0,
-      out_shardings=(self.shardings, copied),
+      train_step, donate_argnums=0, out_shardings=(self.shardings, copied)
     )
     self._evaluate = jax.jit(
       lambda p, m, b: job.task.evaluate(job.model, p, m, b),
       out_shardings=copied,
     )
+    self._finite = jax.jit(_all_finite, out_shardings=copied)
 
   def init(self) -> TrainState:
     """The first state, born on the devices it stays on."""
     return jax.jit(self._init, out_shardings=self.shardings)()
+
+  def finite(self, state: TrainState) -> bool:
+    """Whether what a model is used with holds numbers only."""
+    used = (state.params, state.mutables, state.ema)
+    return bool(jax.device_get(self._finite(used)))
 
   def evaluate(self, state: TrainState) -> dict[str, float]:
     """The task's metrics over the whole evaluation set, once."""
@@ -212,13 +227,29 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     bar = log.Bar("train", steps=job.steps, start=start, enabled=first)
     stack.callback(bar.close)
     speed = Speed(run)
-    schedule = job.schedule()
     trace = _Trace(job.profile, workdir)
     stack.callback(trace.stop)
 
     latest: dict[str, float] = {}
     window = speed.take()
     evaluated: dict[str, float] = {}
+
+    def poisoned(what: str) -> None:
+      ckpt.wait()
+      last = ckpt.latest()
+      raise NonFiniteError(
+        f"{what}; "
+        + (
+          "nothing was saved"
+          if last is None
+          else f"the last checkpoint is of step {last}"
+        )
+      )
+
+    def evaluate(step: int) -> None:
+      nonlocal evaluated
+      evaluated = run.evaluate(state)
+      writer.write(step, evaluated, "eval")
 
     def finish(step: int, metrics: dict[str, jax.Array]) -> None:
       """Fetches a step's metrics, and stops the run if they are no numbers."""
@@ -227,12 +258,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       speed.tick(step)
       for name in ("loss", "grad_norm"):
         if not math.isfinite(latest[name]):
-          raise NonFiniteError(
-            f"{name} is {latest[name]} at step {step}; the last checkpoint is "
-            f"of step {ckpt.latest()}"
-          )
-      if schedule is not None:
-        latest["learning_rate"] = float(schedule(step - 1))
+          poisoned(f"{name} is {latest[name]} at step {step}")
       if due(step, job.log_every, job.steps):
         latest.update(speed.metrics(window))
         window = speed.take()
@@ -241,9 +267,13 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       if step % max(job.log_every or 1, 1) == 0 or step == start + 1:
         bar.update(step, f"loss {latest['loss']:.4f}  {text}")
 
+    if start and due(start, job.eval_every, job.steps):
+      if not (ckpt.extra(start) or {}).get("evaluated"):
+        evaluate(start)  # the run was stopped, or its settings were others
+
     # --- train; a step's metrics are fetched when the next one is under way ---
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    done, saved = start, start
+    done = start
     batches = stack.enter_context(
       contextlib.closing(run.train.iterate(start, job.steps))
     )
@@ -262,12 +292,12 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
         continue
       finish(*pending)  # nothing that isn't known to be finite is saved
       pending = None
+      if saving and not run.finite(state):
+        poisoned(f"a parameter is not finite after step {done}")
+      if evaluating:  # first: a step that is saved has its records
+        evaluate(done)
       if saving:
-        ckpt.save(done, state, wait=halt)
-        saved = done
-      if evaluating:
-        evaluated = run.evaluate(state)
-        writer.write(done, evaluated, "eval")
+        ckpt.save(done, state, extra={"evaluated": evaluating}, wait=halt)
       speed.pause()
       if halt:
         break
@@ -277,12 +307,12 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     # --- the end ---
     results = {"step": float(done)}
     if done < job.steps:
-      log.say(
-        f"stopped at step {done}, saved; the same command goes on from it"
-      )
+      bar.close()
+      if first:
+        log.say(
+          f"stopped at step {done}, saved; the same command goes on from it"
+        )
       return {**results, "interrupted": 1.0}
-    if saved < done:
-      ckpt.save(done, state)
     ckpt.wait()
     bar.close()
     if job.eval_every != 0 and not evaluated:
@@ -295,6 +325,8 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     results.update({f"eval/{k}": v for k, v in evaluated.items()})
     results.update(_memory())
     if first:
+      if start == done:  # nothing was left to train: what the run had found
+        results = {**_previous(workdir), **results}
       if job.report is not None:
         params = state.params if state.ema is None else state.ema
         results.update(job.report(job, workdir, params, results))
@@ -349,6 +381,11 @@ def _stop_requests() -> Iterator[Any]:
   def handle(number, frame):
     if asked.is_set() and number == signal.SIGINT:
       raise KeyboardInterrupt  # a second Ctrl-C doesn't wait
+    if not asked.is_set():
+      again = ", again aborts" if number == signal.SIGINT else ""
+      name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+      # Not print: the handler may have interrupted one.
+      os.write(2, f"{name}: stopping after this step{again}\n".encode())
     asked.set()
 
   old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -357,6 +394,21 @@ def _stop_requests() -> Iterator[Any]:
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+  floats = (
+    x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
+  )
+  return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
+
+
+def _previous(workdir: pathlib.Path) -> dict[str, float]:
+  """The results of a run that has ended before."""
+  try:
+    return dict(json.loads((workdir / "results.json").read_text()))
+  except (OSError, ValueError, TypeError):
+    return {}
 
 
 def _memory() -> dict[str, float]:
