@@ -5,45 +5,20 @@ The reference is plain XLA with the backward rule of FlashAttention-2
 probabilities, so that nothing of size t x s outlives a layer.
 """
 
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
-from isthmus.attention.mask import Window, check_window, visible
+from isthmus.attention.mask import Window, check_window
+from isthmus.attention.reference import LSE, OUT, Extras, Options, attend
 from isthmus.pallas.dispatch import Impl, Op, Row, platform
 
-_OUT, _LSE = "attention_out", "attention_lse"
 # cuDNN's forward kernel carries no names; it is known by its primitive.
 _CUDNN_FORWARD = "dot_product_attention_fwd"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """What an implementation is told besides arrays; hashable."""
-
-  causal: bool
-  window: tuple[int | None, int | None] | None
-  scale: float
-  softcap: float | None
-  dropout_rate: float
-  return_lse: bool
-
-
-class Extras(NamedTuple):
-  """The optional arrays of a call; None where not given."""
-
-  segment_ids: Any = None
-  kv_segment_ids: Any = None
-  q_positions: Any = None
-  kv_positions: Any = None
-  sinks: Any = None
-  dropout_key: Any = None
 
 
 def attention(
@@ -173,7 +148,7 @@ def report() -> list[Row]:
 def save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
   """A policy of `jax.checkpoint`: keep (o, lse), so the kernel runs once."""
   if primitive.name == "name":
-    return params["name"] in (_OUT, _LSE)
+    return params["name"] in (OUT, LSE)
   return primitive.name.startswith(_CUDNN_FORWARD)
 
 
@@ -273,168 +248,9 @@ def _check_extra(name, x, sizes) -> None:
     raise ValueError(f"{name} are {x.dtype}, not int32")
 
 
-# ---- xla: the reference ------------------------------------------------------
-
-
 def _xla(q, k, v, extras: Extras, *, options: Options):
-  o, lse = _reference(
-    options, q, k, v, extras.sinks, extras._replace(sinks=None)
-  )
+  o, lse = attend(q, k, v, extras, options=options)
   return (o, lse) if options.return_lse else o
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reference(options, q, k, v, sinks, extras):
-  mask = _mask(options, q, k, extras)
-  q, k, v = _clean(mask, q, k, v)
-  x, _ = _logits(options, q, k, mask)
-  top = jnp.max(x, axis=-1)
-  if sinks is not None:
-    sinks = _by_group(sinks, k).astype(top.dtype)[None, :, :, None]
-    top = jnp.maximum(top, sinks)
-  top = jnp.where(jnp.isneginf(top), 0.0, top)
-  p = jnp.exp(x - top[..., None])
-  total = jnp.sum(p, axis=-1)
-  if sinks is not None:
-    total = total + jnp.exp(sinks - top)
-  p = _drop(options, p, extras.dropout_key)
-  o = _dot("bkgts,bskd->btkgd", p.astype(v.dtype), v)
-  empty = total == 0
-  total = jnp.where(empty, 1.0, total)
-  o = o / _rows(total)
-  lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-  b, t, n, _ = q.shape
-  return o.astype(q.dtype).reshape(b, t, n, -1), lse.reshape(b, n, t)
-
-
-def _reference_forward(options, q, k, v, sinks, extras):
-  o, lse = _reference(options, q, k, v, sinks, extras)
-  o, lse = checkpoint_name(o, _OUT), checkpoint_name(lse, _LSE)
-  return (o, lse), (q, k, v, sinks, extras, o, lse)
-
-
-def _reference_backward(options, residuals, cotangents):
-  """`dS = P (dP - Delta)` with `Delta = rowsum(do o) - dlse`."""
-  q, k, v, sinks, extras, o, lse = residuals
-  do, dlse = cotangents
-  mask = _mask(options, q, k, extras)
-  q0, k0, v0 = _clean(mask, q, k, v)
-  if mask is not None:  # a row without keys passes nothing on, not even NaN
-    seen = _rows(jnp.any(mask, axis=-1))
-    seen = jnp.broadcast_to(seen, _split(do, k).shape).reshape(do.shape)
-    do = jnp.where(seen, do, 0)
-  x, slope = _logits(options, q0, k0, mask)
-  top = jnp.where(jnp.isneginf(lse), 0.0, lse)
-  top = top.reshape(x.shape[:-1])
-  dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse).reshape(x.shape[:-1])
-  p = jnp.exp(x - top[..., None])
-  acc = x.dtype
-  delta = jnp.sum(do.astype(acc) * o.astype(acc), axis=-1)
-  delta = jnp.moveaxis(_split(delta, k), 1, -1) - dlse
-
-  do = _split(do, k)
-  kept = _drop(options, p, extras.dropout_key)
-  dv = _dot("bkgts,btkgd->bskd", kept.astype(do.dtype), do)
-  dp = _dot("btkgd,bskd->bkgts", do, v0)
-  dp = _drop(options, dp, extras.dropout_key)
-  dx = p * (dp - delta[..., None]) * options.scale
-  if slope is not None:
-    dx = dx * slope
-  dx = dx.astype(q.dtype)
-  dq = _dot("bkgts,bskd->btkgd", dx, k0).reshape(q.shape)
-  dk = _dot("bkgts,btkgd->bskd", dx, _split(q0, k))
-  dsinks = None
-  if sinks is not None:
-    share = jnp.exp(_by_group(sinks, k).astype(acc)[None, :, :, None] - top)
-    dsinks = -jnp.sum(share * delta, axis=(0, 3))
-    dsinks = dsinks.reshape(sinks.shape).astype(sinks.dtype)
-  return (
-    dq.astype(q.dtype),
-    dk.astype(k.dtype),
-    dv.astype(v.dtype),
-    dsinks,
-    None,
-  )
-
-
-_reference.defvjp(_reference_forward, _reference_backward)
-
-
-def _split(x, k):
-  """[b, t, n, ...] -> [b, t, k, g, ...]."""
-  heads = k.shape[2]
-  return x.reshape(*x.shape[:2], heads, x.shape[2] // heads, *x.shape[3:])
-
-
-def _by_group(sinks, k):
-  return sinks.reshape(k.shape[2], -1)
-
-
-def _rows(x):
-  """[b, k, g, t] -> [b, t, k, g, 1], to scale or mask rows of o."""
-  return jnp.moveaxis(x, -1, 1)[..., None]
-
-
-def _dot(equation, a, b):
-  """einsum that accumulates and returns at least float32."""
-  acc = jnp.promote_types(a.dtype, jnp.float32)
-  if platform() == "cpu":  # some layouts of bfloat16 are missing there
-    a, b = a.astype(acc), b.astype(acc)
-  return jnp.einsum(equation, a, b, preferred_element_type=acc)
-
-
-def _mask(options, q, k, extras):
-  return visible(
-    lengths=(q.shape[1], k.shape[1]),
-    num_kv_heads=k.shape[2],
-    causal=options.causal,
-    window=options.window,
-    segment_ids=extras.segment_ids,
-    kv_segment_ids=extras.kv_segment_ids,
-    q_positions=extras.q_positions,
-    kv_positions=extras.kv_positions,
-  )
-
-
-def _clean(mask, q, k, v):
-  """Zeros for queries and keys that take no part, whatever they hold.
-
-  0 NaN is NaN, so masked probabilities alone would let padding through.
-  """
-  if mask is None:
-    return q, k, v
-  heads = k.shape[2]
-  rows = _rows(jnp.any(mask, axis=-1))
-  rows = jnp.broadcast_to(rows, (*_split(q, k).shape[:4], 1))
-  q = jnp.where(rows.reshape(*q.shape[:3], 1), q, 0)
-  keys = jnp.any(mask, axis=(2, 3))  # [b|1, k|1, s]
-  keys = jnp.broadcast_to(keys, (keys.shape[0], heads, keys.shape[2]))
-  keys = jnp.swapaxes(keys, 1, 2)[..., None]
-  return q, jnp.where(keys, k, 0), jnp.where(keys, v, 0)
-
-
-def _logits(options, q, k, mask):
-  """Masked logits [b k g t s], and the softcap's slope there or None."""
-  x = _dot("btkgd,bskd->bkgts", _split(q, k), k) * options.scale
-  slope = None
-  if options.softcap is not None:
-    unit = jnp.tanh(x / options.softcap)
-    x, slope = options.softcap * unit, 1 - jnp.square(unit)
-  if mask is not None:
-    x = jnp.where(mask, x, -jnp.inf)
-  return x, slope
-
-
-def _drop(options, p, key):
-  """Dropout of p [b k g t s]: the same entries for the same key."""
-  if key is None:
-    return p
-  keep = 1 - options.dropout_rate
-  kept = jax.random.bernoulli(key, keep, p.shape)
-  return jnp.where(kept, p / keep, 0.0)
-
-
-# ---- cudnn -------------------------------------------------------------------
 
 
 def _cudnn(q, k, v, extras: Extras, *, options: Options):
@@ -456,7 +272,7 @@ def _cudnn(q, k, v, extras: Extras, *, options: Options):
     if type(error) is not RuntimeError:  # not a refusal: a failure on device
       raise
     raise NotImplementedError(f"cudnn: {error}") from error
-  return checkpoint_name(o, _OUT)
+  return checkpoint_name(o, OUT)
 
 
 def _refuse_cudnn(q, k, v, extras: Extras, *, options: Options) -> str | None:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from isthmus.pallas.dispatch import platform
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -88,6 +90,10 @@ class GatedMlp(nn.Module):
     dense = functools.partial(_dense, self)
     gate = dense(self.hidden, name="gate")(x)
     up = dense(self.hidden, name="up")(x)
+    if platform() == "cpu":
+      # Its transpose keeps the activation's derivative out of the loop that
+      # transposes it for the kernel's gradient, which would not be vectorised.
+      gate, up = jax.lax.optimization_barrier((gate, up))
     h = gated(gate, up, self.activation)
     return dense(x.shape[-1], scale=self.out_scale, name="down")(h)
 
