@@ -86,8 +86,9 @@ class Checkpointer:
       # don't wait for processes that may not have had that error.
       self._thread.join()
       self._thread = None
-      if self._error is not None:
-        log.say(f"warning: {self._failure(self._error)}")
+      error, self._error = self._error, None
+      if error is not None:
+        log.say(f"warning: {self._failure(error)}")
 
   def save(
     self,
@@ -118,8 +119,8 @@ class Checkpointer:
       raise ValueError(f"step is {step}; it is at least 0")
     extra = json.loads(json.dumps(extra))
     named = leaves.flatten(state)
-    held = [{"path": n, **leaves.describe(x)} for n, x in named.items()]
     stored = {n: leaves.store(n, x) for n, x in named.items()}
+    held = [{"path": n, **leaves.describe(x)} for n, x in named.items()]
     stored = {n: x for n, x in stored.items() if x.size}  # Orbax refuses others
     if not stored:
       raise ValueError("the state holds no arrays; there is nothing to save")

@@ -53,7 +53,7 @@ def is_key(leaf: Any) -> bool:
 def describe(leaf: Any) -> dict[str, Any]:
   """Shape and dtype as JSON; of a key also the generator."""
   if isinstance(leaf, _NUMBERS):
-    return {"shape": [], "dtype": str(jnp.result_type(leaf))}
+    leaf = np.asarray(leaf)
   entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
   if is_key(leaf) and isinstance(leaf, jax.Array):
     entry["generator"] = str(jax.random.key_impl(leaf))
@@ -71,10 +71,8 @@ def store(name: Name, leaf: Any) -> jax.Array | np.ndarray:
       return np.asarray(leaf)  # each process has its own: the first one's
     return leaf
   if isinstance(leaf, _NUMBERS):
-    return np.asarray(leaf, jnp.result_type(leaf))
-  if (
-    isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "OSUM"
-  ):
+    leaf = np.asarray(leaf)  # 64 bits wide, so that it comes back exactly
+  if isinstance(leaf, np.ndarray | np.generic) and _is_numeric(leaf.dtype):
     return np.asarray(leaf)
   kind = getattr(leaf, "dtype", None) or type(leaf).__name__
   raise ValueError(f"{'/'.join(name)} is {kind}; a checkpoint holds arrays")
@@ -150,14 +148,20 @@ def _check(name: Name, got: Any, held: dict[str, Any]) -> None:
     )
 
 
+def _is_numeric(dtype: np.dtype) -> bool:
+  if dtype.kind in "mM":  # to numpy, time spans are integers
+    return False
+  return dtype.kind == "b" or jnp.issubdtype(dtype, np.number)
+
+
 def _on_host(leaf: Any) -> bool:
   return isinstance(leaf, (np.ndarray, np.generic, *_NUMBERS))
 
 
 def _like(array: np.ndarray, want: Any) -> Any:
-  if isinstance(want, _NUMBERS):
-    return type(want)(array.item())
-  return array[()] if isinstance(want, np.generic) else array
+  if isinstance(want, np.generic):  # before float: np.float64 is one
+    return array[()]
+  return type(want)(array.item()) if isinstance(want, _NUMBERS) else array
 
 
 def _sharding(name: Name, leaf: Any) -> jax.sharding.Sharding:
