@@ -52,7 +52,8 @@ class Fit:
     save_every: steps between checkpoints; None: at the end; 0: never, but
       for a run that is stopped.
     keep: newest checkpoints kept.
-    profile: (first, last) steps of a profiler trace, or None.
+    profile: (first, last) steps of a profiler trace, counted from 0, `last`
+      left out; or None.
     report: what to make of the finished run: comparisons, plots, samples.
   """
 
@@ -93,6 +94,12 @@ class Fit:
       )
     if self.ema is not None and not 0 <= self.ema < 1:
       raise ValueError(f"ema is {self.ema}; it is at least 0 and below 1")
+    if self.profile is not None:
+      first, last = self.profile
+      if not 0 <= first < last <= self.steps:
+        raise ValueError(
+          f"profile is ({first}, {last}), not a range of {self.steps} steps"
+        )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"seed is {self.seed}; it is between 0 and 2^32 - 1")
 

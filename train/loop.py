@@ -278,7 +278,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       contextlib.closing(run.train.iterate(start, job.steps))
     )
     for step, batch in batches:
-      trace.before(step)
+      trace.before(step, state)
       with jax.transfer_guard("disallow"):
         state, metrics = run.step(state, batch)
       done = step + 1
@@ -345,13 +345,17 @@ class _Trace:
   def __init__(self, steps: tuple[int, int] | None, workdir: pathlib.Path):
     self._steps, self._path, self._on = steps, workdir / "trace", False
 
-  def before(self, step: int) -> None:
+  def before(self, step: int, state: TrainState) -> None:
+    """Step `step`, counted from 0, is next."""
     if self._steps is None:
       return
-    if step == self._steps[0]:
+    first, last = self._steps
+    if not self._on and first <= step < last:  # a resumed run may start inside
+      jax.block_until_ready(state)
       jax.profiler.start_trace(self._path)
       self._on = True
-    elif self._on and step >= self._steps[1]:
+    elif self._on and step >= last:
+      jax.block_until_ready(state)
       self.stop()
 
   def stop(self) -> None:

@@ -1,5 +1,6 @@
 """What a device can do at most: the datasheet's figure and a measured one."""
 
+import functools
 import time
 
 import jax
@@ -29,11 +30,13 @@ def datasheet(device: jax.Device) -> float | None:
   return DATASHEET.get(device.device_kind)
 
 
+@functools.cache
 def measure(device: jax.Device, *, repeats: int = 5) -> float:
   """FLOP/s of a square matrix product on random data, the best of `repeats`.
 
   bf16 of width 8192 on an accelerator, float32 of width 1024 on a CPU: the
-  rate that a training step, mostly matrix products, can come near.
+  rate that a training step, mostly matrix products, can come near. Measured
+  once in a process.
   """
   accelerator = device.platform != "cpu"
   width = 8192 if accelerator else 1024
