@@ -151,6 +151,8 @@ class Checkpointer:
           )
       except Exception as error:
         self._error = error
+        if not threading.main_thread().is_alive():  # nobody is left to raise it
+          log.say(f"warning: {self._failure(error)}; close() the checkpointer")
         if first:
           for path in self.directory.glob(pending.name + "*"):
             shutil.rmtree(path, ignore_errors=True)

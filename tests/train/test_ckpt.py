@@ -428,11 +428,11 @@ def test_the_last_good_step_is_never_deleted(tmp_path):
     for step in (10, 20, 30):
       ckpt.save(step, state)
   flip(data_file(tmp_path / "30"))
-  # A run that resumed from 20, its checkpointer told to keep one step only.
-  with Checkpointer(tmp_path, keep=1) as ckpt:
+  # A run that resumed from 20: the damaged step isn't one of the two it keeps.
+  with Checkpointer(tmp_path, keep=2) as ckpt:
     assert ckpt.restore(state)[0] == 20
     ckpt.save(25, state, wait=True)
-    assert ckpt.steps() == [25, 30]
+    assert ckpt.steps() == [20, 25, 30]
     assert ckpt.restore(state)[0] == 25
   # One that hasn't looked: what it writes itself is good.
   with Checkpointer(tmp_path, keep=1) as ckpt:
