@@ -36,7 +36,9 @@ class Net(nn.Module):
   @nn.compact
   def __call__(self, image, *, train=False):
     dead = self.param("dead", nn.initializers.zeros, ())
-    x = nn.Dense(self.width, name="up")(image.reshape(len(image), -1))
+    # No bias: its gradient is zero but for rounding, which Adam would enlarge.
+    x = image.reshape(len(image), -1)
+    x = nn.Dense(self.width, use_bias=False, name="up")(x)
     x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
     x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
     return nn.Dense(4, name="head")(x + 0 * dead)
