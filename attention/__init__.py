@@ -1,8 +1,7 @@
-"""Attention over chosen blocks: masks, mechanisms, caches. Knows no parameters."""
+"""Attention over chosen blocks: mechanisms and caches. Knows no parameters."""
 
-if (
-  __name__ != "isthmus.attention"
-):  # imported from a checkout as plain `attention`
+# Imported from a checkout as plain `attention`:
+if __name__ != "isthmus.attention":
   from isthmus.pallas.checkout import alias
 
   alias(__name__)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from isthmus.attention.mask import visible
 from isthmus.pallas.dispatch import platform
+from isthmus.pallas.precision import dot
 
 # What the forward rule calls its results, for policies of jax.checkpoint.
 OUT, LSE = "attention_out", "attention_lse"
@@ -81,7 +82,7 @@ def _attend(options, q, k, v, sinks, extras):
   if sinks is not None:
     total = total + jnp.exp(sinks - top)
   p = _drop(options, p, extras.dropout_key).astype(dtype)
-  o = _dot(p.reshape(*q.shape[:3], -1), v, "bkrs,bksd->bkrd")
+  o = dot("bkrs,bksd->bkrd", p.reshape(*q.shape[:3], -1), v)
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
   o = o / total.reshape(*q.shape[:3], 1)
@@ -118,15 +119,15 @@ def _backward(options, residuals, cotangents):
   delta = delta.reshape(x.shape[:-1]) - dlse
   square = (*q.shape[:3], x.shape[-1])
   kept = _drop(options, p, extras.dropout_key).astype(dtype)
-  dv = _dot(kept.reshape(square), do, "bkrs,bkrd->bksd")
-  dp = _dot(do, v, "bkrd,bksd->bkrs").reshape(x.shape)
+  dv = dot("bkrs,bkrd->bksd", kept.reshape(square), do)
+  dp = dot("bkrd,bksd->bkrs", do, v).reshape(x.shape)
   dp = _drop(options, dp, extras.dropout_key)
   dx = p * (dp - delta[..., None]) * options.scale
   if slope is not None:
     dx = dx * slope
   dx = dx.astype(dtype).reshape(square)
-  dq = _dot(dx, k, "bkrs,bksd->bkrd").astype(dtype)
-  dk = _dot(dx, q, "bkrs,bkrd->bksd").astype(dtype)
+  dq = dot("bkrs,bksd->bkrd", dx, k).astype(dtype)
+  dk = dot("bkrs,bkrd->bksd", dx, q).astype(dtype)
   dsinks = None
   if sinks is not None:
     share = jnp.exp(_per_row(sinks, top) - top)
@@ -176,14 +177,6 @@ def _to_rows(x, q):
   return x.reshape(b, heads, rows, 1)
 
 
-def _dot(a, b, equation):
-  """einsum that accumulates in, and returns, at least float32."""
-  acc = jnp.promote_types(a.dtype, jnp.float32)
-  if platform() == "cpu":  # some layouts of bfloat16 are missing there
-    a, b = a.astype(acc), b.astype(acc)
-  return jnp.einsum(equation, a, b, preferred_element_type=acc)
-
-
 def _mask(options, q, k, extras) -> Bool[Array, "#b #k #g t s"] | None:
   mask = visible(
     lengths=(q.shape[1], k.shape[1]),
@@ -223,7 +216,7 @@ def _clean(mask, q, k, v):
 def _logits(options, q, k, mask, t):
   """Masked logits [b k g t s], and the softcap's slope there or None."""
   b, heads, rows, _ = q.shape
-  x = _dot(q, k, "bkrd,bksd->bkrs") * options.scale
+  x = dot("bkrd,bksd->bkrs", q, k) * options.scale
   x = x.reshape(b, heads, rows // t, t, k.shape[2])
   slope = None
   if options.softcap is not None:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from isthmus.pallas.precision import accumulator
+
 
 # Rematerialised, so that a layer keeps x and no float32 copy of it. Without
 # barriers: inside a loop nothing can be shared with the forward pass anyway.
@@ -24,7 +26,7 @@ def rms_norm(
 
   Reference: https://arxiv.org/abs/1910.07467
   """
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = accumulator(x.dtype)
   y = x.astype(wide)
   mean = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
   scale = scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))

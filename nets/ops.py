@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from isthmus.pallas.dispatch import platform
+from isthmus.pallas.precision import accumulator, dot
 
 # Up to this many rows a table's gradient is a matmul with one-hot rows; above
 # it, a scatter. The matmul is deterministic, and few rows make a scatter slow:
@@ -40,18 +40,15 @@ def _embed_backward(residuals, dx):
   tokens, like = residuals
   rows, dtype = like.shape[0], like.dtype
   ids, dx = tokens.reshape(-1), dx.reshape(-1, dx.shape[-1])
+  wide = accumulator(dx.dtype)
   if rows <= _ONE_HOT_ROWS:
     hot = jax.nn.one_hot(ids, rows, dtype=dx.dtype)
-    acc = jnp.promote_types(dx.dtype, jnp.float32)
     # One-hot rows are exact in any dtype; float32 rows would be rounded to
     # TF32 on a GPU.
-    exact = jax.lax.Precision.HIGHEST if dx.dtype == acc else None
-    table = jnp.einsum(
-      "xv,xm->vm", hot, dx, preferred_element_type=acc, precision=exact
-    )
+    exact = jax.lax.Precision.HIGHEST if dx.dtype == wide else None
+    table = dot("xv,xm->vm", hot, dx, precision=exact)
   else:
-    acc = jnp.promote_types(dx.dtype, jnp.float32)
-    table = jnp.zeros((rows, dx.shape[-1]), acc).at[ids].add(dx.astype(acc))
+    table = jnp.zeros((rows, dx.shape[-1]), wide).at[ids].add(dx.astype(wide))
   return table.astype(dtype), None
 
 
@@ -98,8 +95,4 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def _matmul(equation, a, b, dtype):
-  acc = jnp.promote_types(dtype, jnp.float32)
-  a, b = a.astype(dtype), b.astype(dtype)
-  if platform() == "cpu":  # some layouts of bfloat16 are missing there
-    a, b = a.astype(acc), b.astype(acc)
-  return jnp.einsum(equation, a, b, preferred_element_type=acc)
+  return dot(equation, a.astype(dtype), b.astype(dtype))

@@ -40,10 +40,7 @@ class Stack(nn.Module):
   policy: Callable[..., Any] | None = save_attention
 
   def __post_init__(self):
-    if self.depth < 1:
-      raise ValueError(f"depth is {self.depth}; it must be at least 1")
-    if self.mode not in MODES:
-      raise ValueError(f"mode {self.mode!r} is none of {', '.join(MODES)}")
+    check_stack(self.depth, self.mode)
     super().__post_init__()
 
   @nn.compact
@@ -90,6 +87,14 @@ class Stack(nn.Module):
       x, aux = call(self.block.copy(name=f"block_{i:02d}"), x, own)
       auxes.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+
+
+def check_stack(depth: int, mode: str) -> None:
+  """Raises ValueError for what a Stack can't be built of."""
+  if depth < 1:
+    raise ValueError(f"depth is {depth}; it must be at least 1")
+  if mode not in MODES:
+    raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
 
 
 def stack_layers(params: Any) -> Any:

@@ -13,7 +13,8 @@ from isthmus.attention.sdpa import attention, save_attention
 from isthmus.nets.mlp import GatedMlp, fan_in
 from isthmus.nets.norm import RMSNorm
 from isthmus.nets.ops import embed_lookup, project
-from isthmus.nets.stack import Stack
+from isthmus.nets.stack import Stack, check_stack
+from isthmus.pallas.precision import accumulator
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -49,7 +50,9 @@ def rope(x: Float[Array, "b t n d"], turn: Rotation) -> Float[Array, "b t n d"]:
     of their positions only.
   """
   cos, sin = (a[:, :, None, :] for a in turn)
-  a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
+  wide = accumulator(x.dtype)
+  cos, sin = cos.astype(wide), sin.astype(wide)
+  a, b = jnp.split(x.astype(wide), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x.dtype)
 
@@ -244,7 +247,8 @@ class Decoder(nn.Module):
   policy: Callable[..., Any] | None = save_attention
 
   def __post_init__(self):
-    for name in ("vocab_size", "width", "depth", "num_heads"):
+    check_stack(self.depth, self.mode)
+    for name in ("vocab_size", "width", "num_heads"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
     if self.head_dim is None and self.width % self.num_heads:

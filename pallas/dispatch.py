@@ -237,8 +237,7 @@ def platform() -> str:
   device = jax.config.jax_default_device
   if device is None:
     return jax.default_backend()
-  name = device if isinstance(device, str) else device.platform
-  return "gpu" if name in ("cuda", "rocm") else name
+  return device if isinstance(device, str) else device.platform
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -1,0 +1,29 @@
+"""Sums of products, kept in at least float32 whatever is multiplied."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from isthmus.pallas.dispatch import platform
+
+
+def accumulator(dtype: Any) -> jnp.dtype:
+  """The dtype of sums and statistics: float64 for float64, else float32."""
+  return jnp.dtype(
+    jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+  )
+
+
+def dot(equation: str, a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
+  """einsum of two arrays of one dtype, summed and returned in `accumulator`.
+
+  Args:
+    equation: of `jnp.einsum`.
+    a, b: the operands.
+    **kwargs: of `jnp.einsum`, such as `precision`.
+  """
+  wide = accumulator(a.dtype)
+  if platform() == "cpu":  # some layouts of bfloat16 are missing there
+    a, b = a.astype(wide), b.astype(wide)
+  return jnp.einsum(equation, a, b, preferred_element_type=wide, **kwargs)
