@@ -24,8 +24,9 @@ class PythonLibrary:
   """Source files of the running interpreter's standard library.
 
   Tests, installed packages, build leftovers, generated codec tables, links,
-  empty files and copies of a file are left out. A file is held out by a hash of its path, so the
-  split is the same on every machine that has this version of Python.
+  empty files and copies of a file are left out. A file is held out by a hash
+  of its path, so the split is the same on every machine that has this version
+  of Python.
 
   Args:
     eval_fraction: share of the files that is held out.

@@ -33,12 +33,6 @@ def test_ruff():
   _run(SCRIPTS / "ruff", "format", "--check", ".")
 
 
-@pytest.mark.process
-def test_arrows_point_down():
-  """import-linter's contracts, in pyproject.toml."""
-  assert "2 kept, 0 broken" in _run(SCRIPTS / "lint-imports")
-
-
 def test_no_grab_bags():
   bad = {"utils", "util", "common", "helpers", "misc"}
   assert not [p for p in _sources() if p.stem in bad]
@@ -114,7 +108,8 @@ def test_readme_names_what_exists():
     text = (ROOT / document).read_text()
     for path in re.findall(r"\]\(([\w./-]+)\)", text):
       assert (ROOT / path).exists(), f"{document} links to {path}"
-    for target in re.findall(r"\bmake (\w+)", text):
+    for target in re.findall(r"^make (\w+)|`make (\w+)", text, re.M):
+      target = "".join(target)
       assert f"\n{target}:" in (ROOT / "Makefile").read_text()
 
 

@@ -119,6 +119,17 @@ def test_types(installed):
   _run(ty, "check", "--python", installed.parents[1], site, cwd=site)
 
 
+def test_arrows_point_down(installed, tmp_path):
+  """import-linter's contracts hold; it can't read an editable namespace."""
+  out = _run(
+    *(installed, "-c"),
+    "from importlinter.cli import lint_imports_command; lint_imports_command()",
+    *("--config", ROOT / "pyproject.toml", "--no-cache", "--no-logo"),
+    cwd=tmp_path,
+  )
+  assert "Contracts: 2 kept, 0 broken" in out
+
+
 def _closure(names):
   """Distributions that the given ones need, extras left out."""
   seen, todo = set(), list(names)

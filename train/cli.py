@@ -46,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     return _refuse(f"no command {command!r}{nearest(command, COMMANDS)}")
   try:
-    return run(argv if command == "run" else argv[1:])
+    status = run(argv if command == "run" else argv[1:])
+    sys.stdout.flush()
+    return status
   except BrokenPipeError:  # `isthmus --list | head`
-    sys.stdout = None
+    # What is still buffered would raise once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
@@ -141,11 +144,22 @@ def _join(args: argparse.Namespace) -> None:
       raise ConfigError(
         "--coordinator, --processes and --process are given together"
       )
+    host, colon, port = args.coordinator.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+      raise ConfigError(f"--coordinator {args.coordinator}: not HOST:PORT")
+    if not 0 <= args.process < args.processes:
+      raise ConfigError(
+        f"--process {args.process} of --processes {args.processes}: they are "
+        "counted from 0"
+      )
   elif not args.distributed:
     return
   import jax
 
-  jax.distributed.initialize(*given)
+  try:
+    jax.distributed.initialize(*given)
+  except (ValueError, RuntimeError) as error:
+    raise ConfigError(" ".join(str(error).split())) from error
 
 
 def _print_results(results: dict[str, float]) -> None:

@@ -53,4 +53,6 @@ def report() -> Iterator[str]:
 def _kernels() -> Iterator[str]:
   from isthmus.attention import sdpa
 
-  yield from sdpa.report()
+  for row in sdpa.report():
+    reason = f": {row.reason}" if row.reason else ""
+    yield f"{row.op}, {row.case}: {row.name} {row.verdict}{reason}"

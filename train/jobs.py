@@ -5,6 +5,7 @@ Each is a frozen dataclass with `run(workdir) -> dict[str, float]`.
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -165,6 +166,16 @@ class Generate:
   seed: int = 0
   step: int | None = None
 
+  def __post_init__(self):
+    if self.length < 1:
+      raise ValueError(f"length is {self.length}; it is at least 1")
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(f"temperature is {self.temperature}; it is at least 0")
+    if self.top_k is not None and self.top_k < 1:
+      raise ValueError(f"top_k is {self.top_k}; it is at least 1, or None")
+    if self.top_p is not None and not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p is {self.top_p}; it is above 0 and at most 1")
+
   def run(self, workdir: str | pathlib.Path) -> dict[str, float]:
     """Prints the prompt and what follows it to stdout."""
     from isthmus.train.ckpt import restore_params
@@ -189,7 +200,7 @@ class Generate:
     out = generate(
       self.model,
       params,
-      ids[None],
+      jax.numpy.asarray(ids[None]),
       length=self.length,
       key=jax.random.key(self.seed),
       temperature=self.temperature,

@@ -1,11 +1,12 @@
 """What a run tells: a progress bar, JSONL, TensorBoard, a loss curve."""
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from rich.progress import (
   TextColumn,
   TimeRemainingColumn,
 )
+
+from isthmus.train.workdir import WorkdirError
 
 METRICS = "metrics.jsonl"
 
@@ -43,6 +46,10 @@ class Writer:
     workdir: where metrics.jsonl and the `tensorboard` folder go.
     step: the step the run starts from; later records are dropped.
     enabled: False on every process but the first: nothing is written.
+
+  Raises:
+    WorkdirError: the folder can't be written to, or its disk is full; also
+      when a record is written.
   """
 
   def __init__(
@@ -52,20 +59,21 @@ class Writer:
     self._file = self._board = None
     if not enabled:
       return
-    kept = [r for r in read(workdir) if r.get("step", 0) <= step]
-    path = workdir / METRICS
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    part.replace(path)
-    self._file = path.open("a")
-    try:
-      from tensorboardX import SummaryWriter
-    except ImportError:
-      say("TensorBoard files are off: pip install tensorboardX turns them on")
-    else:
-      self._board = SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-      )
+    path = self._path = workdir / METRICS
+    with self._refusing():
+      kept = [r for r in read(workdir) if r.get("step", 0) <= step]
+      part = path.with_suffix(".part")
+      part.write_text("".join(json.dumps(r) + "\n" for r in kept))
+      part.replace(path)
+      self._file = path.open("a")
+      try:
+        from tensorboardX import SummaryWriter
+      except ImportError:
+        say("TensorBoard files are off: pip install tensorboardX turns them on")
+      else:
+        self._board = SummaryWriter(
+          str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = "train"):
     """One record: `{"step": s, "train/loss": x, ...}`."""
@@ -74,17 +82,27 @@ class Writer:
     named = {f"{prefix}/{k}": float(v) for k, v in metrics.items()}
     # JSON has no NaN: a figure that isn't one is null.
     record = {k: v if math.isfinite(v) else None for k, v in named.items()}
-    self._file.write(json.dumps({"step": step, **record}) + "\n")
-    self._file.flush()
+    with self._refusing():
+      self._file.write(json.dumps({"step": step, **record}) + "\n")
+      self._file.flush()
     if self._board is not None:
       for name, value in named.items():
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
+      with contextlib.suppress(OSError):  # said when it was written
+        self._file.close()
     if self._board is not None:
       self._board.close()
+
+  @contextlib.contextmanager
+  def _refusing(self) -> Generator[None, None, None]:
+    try:
+      yield
+    except OSError as error:
+      where = error.filename2 or error.filename or self._path
+      raise WorkdirError(f"{where}: {error.strerror or error}") from error
 
 
 class Bar:
@@ -93,8 +111,9 @@ class Bar:
   def __init__(
     self, name: str, *, steps: int, start: int, enabled: bool = True
   ):
-    self.steps, self.start = steps, start
-    self._began = self._last = time.monotonic()
+    self.steps = steps
+    self._last = -math.inf
+    self._first: tuple[int, float] | None = None
     self._progress = None
     self._enabled = enabled
     self._name = name
@@ -118,14 +137,19 @@ class Bar:
       self._progress.update(self._row, completed=step, text=text)
       return
     now = time.monotonic()
-    last = step >= self.steps
-    if self._enabled and (
-      last or now - self._last >= 10 or step == self.start + 1
-    ):
+    if self._enabled and (step >= self.steps or now - self._last >= 10):
       self._last = now
-      rate = (now - self._began) / max(step - self.start, 1)
-      left = "" if last else f", {_clock(rate * (self.steps - step))} left"
-      say(f"{self._name} {step}/{self.steps} {text}{left}")
+      say(f"{self._name} {step}/{self.steps} {text}{self._left(step, now)}")
+
+  def _left(self, step: int, now: float) -> str:
+    """Time to the end, by the steps after the first one, which compiles."""
+    if self._first is None:
+      self._first = step, now
+    began, at = self._first
+    if not began < step < self.steps:
+      return ""
+    seconds = (now - at) / (step - began) * (self.steps - step)
+    return f", {_clock(seconds)} left"
 
   def close(self) -> None:
     if self._progress is not None:

@@ -11,7 +11,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -231,6 +231,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     stack.callback(trace.stop)
 
     latest: dict[str, float] = {}
+    rates: dict[str, float] = {}
     window = speed.take()
     evaluated: dict[str, float] = {}
 
@@ -253,19 +254,20 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
 
     def finish(step: int, metrics: dict[str, jax.Array]) -> None:
       """Fetches a step's metrics, and stops the run if they are no numbers."""
-      nonlocal latest, window
+      nonlocal latest, window, rates
       latest = {k: float(v) for k, v in jax.device_get(metrics).items()}
       speed.tick(step)
       for name in ("loss", "grad_norm"):
         if not math.isfinite(latest[name]):
           poisoned(f"{name} is {latest[name]} at step {step}")
       if due(step, job.log_every, job.steps):
-        latest.update(speed.metrics(window))
+        fresh = speed.metrics(window)
+        latest.update(fresh)
+        rates = fresh or rates
         window = speed.take()
         writer.write(step, latest)
-      text = speed.text(latest if "steps_per_second" in latest else {})
-      if step % max(job.log_every or 1, 1) == 0 or step == start + 1:
-        bar.update(step, f"loss {latest['loss']:.4f}  {text}")
+      shown = f"loss {latest['loss']:.4f}", speed.text(rates)
+      bar.update(step, ", ".join(filter(None, shown)))
 
     if start and due(start, job.eval_every, job.steps):
       if not (ckpt.extra(start) or {}).get("evaluated"):
@@ -366,7 +368,7 @@ class _Trace:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Any]:
+def _stop_requests() -> Generator[Any, None, None]:
   """`stop(step) -> bool`, true once SIGTERM or Ctrl-C has come.
 
   With several processes they must all stop at one step: jax's own preemption

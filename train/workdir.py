@@ -3,7 +3,7 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from isthmus.train.config import ConfigError, flatten
@@ -19,7 +19,7 @@ class WorkdirError(RuntimeError):
 
 
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
+def lock(workdir: pathlib.Path) -> Generator[None, None, None]:
   """Holds the folder for one run; a second one is refused at once."""
   import filelock
 
@@ -52,6 +52,7 @@ def record(
 
   Raises:
     ConfigError: the folder holds a run with other settings.
+    WorkdirError: they can't be written, or those there can't be read.
   """
   path = workdir / CONFIG
   new = flatten(job)
@@ -70,8 +71,11 @@ def record(
         f"{new.get(k, 'unset')}{more}; use another --workdir, or --force"
       )
   part = path.with_suffix(".part")
-  part.write_text(json.dumps({**source, "resolved": new}, indent=1) + "\n")
-  part.replace(path)
+  try:
+    part.write_text(json.dumps({**source, "resolved": new}, indent=1) + "\n")
+    part.replace(path)
+  except OSError as error:
+    raise WorkdirError(f"{path}: {error.strerror or error}") from error
 
 
 def load(workdir: pathlib.Path) -> dict[str, Any]:
@@ -89,6 +93,8 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
     raise WorkdirError(
       f"{workdir} holds no run: {CONFIG} isn't there"
     ) from None
+  except OSError as error:
+    raise WorkdirError(f"{path}: {error.strerror or error}") from error
   except (ValueError, KeyError, TypeError) as error:
     raise WorkdirError(
       f"{path} is damaged ({error}); delete it and give --config again"
