@@ -1,0 +1,92 @@
+"""Attention written out: keys repeated, an explicit t x s mask, autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY = 2**31 - 1
+
+
+def dense_mask(
+  b,
+  t,
+  s,
+  n,
+  k,
+  *,
+  causal=False,
+  window=None,
+  segment_ids=None,
+  kv_segment_ids=None,
+  q_positions=None,
+  kv_positions=None,
+):
+  """bool [b, n, t, s], decided element by element."""
+  if kv_segment_ids is None:
+    kv_segment_ids = segment_ids
+  left, right = window if isinstance(window, tuple) else (window, window)
+  mask = np.zeros((b, n, t, s), bool)
+  for row, head, i, j in np.ndindex(b, n, t, s):
+    p, r = i + s - t, j
+    if q_positions is not None:
+      qp = np.asarray(q_positions)
+      p = int(qp[row % qp.shape[0], head % qp.shape[1], i])
+    if kv_positions is not None:
+      kp = np.asarray(kv_positions)
+      r = int(kp[row % kp.shape[0], (head * k // n) % kp.shape[1], j])
+      if r == EMPTY:
+        continue
+    if causal and r > p:
+      continue
+    if left is not None and r < p - left:
+      continue
+    if right is not None and r > p + right:
+      continue
+    if segment_ids is not None:
+      if int(segment_ids[row, i]) != int(kv_segment_ids[row, j]):
+        continue
+    mask[row, head, i, j] = True
+  return mask
+
+
+def oracle(q, k, v, mask, *, scale=None, softcap=None, sinks=None, keep=None):
+  """(o, lse) in the dtype of q; `keep` [b, n, t, s] scales probabilities."""
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  group = q.shape[2] // k.shape[2]
+  k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+  dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  x = dot("btnd,bsnd->bnts", q, k) * jnp.asarray(scale, q.dtype)
+  if softcap is not None:
+    x = softcap * jnp.tanh(x / softcap)
+  weights = jnp.where(mask, jnp.exp(jnp.where(mask, x, 0)), 0)
+  total = weights.sum(-1)
+  if sinks is not None:
+    total = total + jnp.exp(sinks)[None, :, None]
+  empty = total == 0
+  total = jnp.where(empty, 1, total)
+  p = weights / total[..., None]
+  if keep is not None:
+    p = p * jnp.asarray(keep, p.dtype)
+  o = dot("bnts,bsnd->btnd", p, v)
+  return o, jnp.where(empty, -jnp.inf, jnp.log(total))
+
+
+def vjp(function, args, do, dlse):
+  """((o, lse), gradients), for the cotangents do and dlse."""
+
+  @jax.jit
+  def run(args, do, dlse):
+    (o, lse), pull = jax.vjp(function, *args)
+    return (o, lse), pull((do.astype(o.dtype), dlse.astype(lse.dtype)))
+
+  return run(tuple(args), do, dlse)
+
+
+def wide_vjp(function, args, do, dlse):
+  """`vjp` in float64, the result as numpy arrays."""
+  with jax.enable_x64(True):
+    wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (*args, do, dlse)]
+    out = vjp(function, wide[:-2], *wide[-2:])
+    return jax.tree.map(np.asarray, out)

@@ -1,0 +1,506 @@
+"""Attention against an oracle that is written out, values and gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.attention import (
+  EMPTY,
+  attention,
+  explain,
+  report,
+  save_attention,
+)
+from isthmus.attention.reference import Extras, Options
+from isthmus.attention.sdpa import _refuse_cudnn_call
+from tests.attention.oracle import dense_mask, oracle, vjp, wide_vjp
+
+
+def inputs(b, t, s, n, k, d, dv=None, dtype=jnp.float32, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 5)
+  dv = dv or d
+  shapes = [(b, t, n, d), (b, s, k, d), (b, s, k, dv), (b, t, n, dv)]
+  q, key, v, do = (
+    jax.random.normal(one, shape).astype(dtype)
+    for one, shape in zip(keys, shapes, strict=False)
+  )
+  return q, key, v, do, jax.random.normal(keys[4], (b, n, t))
+
+
+def segments(b, t, seed=0):
+  cuts = np.random.default_rng(seed).random((b, t)) < 0.3
+  return jnp.asarray(np.cumsum(cuts, axis=1), jnp.int32)
+
+
+def places(b, n, t, high, seed=0):
+  draw = np.random.default_rng(seed).integers(0, high, (b, n, t))
+  return jnp.asarray(draw, jnp.int32)
+
+
+def slots(b, k, s):
+  """Keys in any order; the last quarter of the slots is empty."""
+  rng = np.random.default_rng(1)
+  x = np.argsort(rng.random((b, k, s)), axis=-1).astype(np.int32)
+  x[..., -(s // 4) :] = EMPTY
+  return jnp.asarray(x)
+
+
+# (b, t, s, n, k, d, dv), settings. Each setting meets lengths that are equal
+# and not, and each group size.
+CASES = {
+  "plain": ((2, 8, 8, 4, 4, 8, 8), {}),
+  "one": ((1, 1, 1, 1, 1, 4, 4), {"causal": True}),
+  "one query": ((1, 1, 13, 4, 2, 8, 8), {"causal": True}),
+  "causal": ((2, 16, 16, 4, 2, 8, 8), {"causal": True}),
+  "causal, more keys": ((1, 9, 14, 9, 3, 8, 8), {"causal": True}),
+  "causal, empty rows": ((1, 14, 9, 9, 3, 8, 8), {"causal": True}),
+  "values wider": ((1, 7, 11, 6, 1, 8, 20), {"causal": True}),
+  "values narrower": ((1, 11, 7, 6, 2, 12, 4), {}),
+  "window": ((1, 12, 12, 2, 1, 8, 8), {"window": 3}),
+  "window 0": ((1, 6, 9, 2, 1, 8, 8), {"window": 0}),
+  "window left": ((1, 12, 17, 2, 2, 8, 8), {"window": (4, None)}),
+  "window, causal": (
+    (1, 12, 12, 3, 3, 8, 8),
+    {"window": (5, 2), "causal": True},
+  ),
+  "window, empty rows": ((1, 17, 6, 2, 1, 8, 8), {"window": (2, 1)}),
+  "scale": ((1, 8, 8, 2, 1, 8, 8), {"scale": 0.7, "causal": True}),
+  "softcap": ((1, 8, 10, 4, 2, 8, 8), {"softcap": 0.8, "causal": True}),
+  "segments": ((2, 12, 12, 4, 2, 8, 8), {"segment_ids": segments(2, 12)}),
+  "segments, causal": (
+    (2, 12, 12, 9, 3, 8, 8),
+    {"segment_ids": segments(2, 12), "causal": True},
+  ),
+  "segments of both": (
+    (2, 12, 9, 4, 2, 8, 8),
+    {"segment_ids": segments(2, 12), "kv_segment_ids": segments(2, 9, 5)},
+  ),
+  "positions a head": (
+    (2, 6, 16, 4, 2, 8, 8),
+    {
+      "causal": True,
+      "q_positions": places(2, 4, 6, 16),
+      "kv_positions": slots(2, 2, 16),
+    },
+  ),
+  "positions, window": (
+    (2, 6, 16, 4, 2, 8, 8),
+    {
+      "window": (3, 3),
+      "q_positions": places(2, 1, 6, 16),
+      "kv_positions": slots(1, 2, 16),
+    },
+  ),
+  "queries' positions": (
+    (2, 6, 16, 4, 2, 8, 8),
+    {"causal": True, "q_positions": places(1, 1, 6, 16)},
+  ),
+  "empty slots": ((2, 6, 16, 4, 2, 8, 8), {"kv_positions": slots(2, 1, 16)}),
+  "everything": (
+    (2, 12, 12, 9, 3, 8, 12),
+    {
+      "causal": True,
+      "window": (6, 6),
+      "segment_ids": segments(2, 12),
+      "q_positions": places(1, 9, 12, 14),
+      "kv_positions": slots(2, 1, 12),
+      "softcap": 1.5,
+      "scale": 0.9,
+    },
+  ),
+}
+
+
+def both(shape, settings, dtype=jnp.float32, sinks=None, seed=0):
+  """((o, lse), gradients): ours, the float64 oracle, the oracle in `dtype`."""
+  b, t, s, n, k, d, dv = shape
+  settings = dict(settings)
+  numbers = {x: settings.pop(x) for x in ("scale", "softcap") if x in settings}
+  mask = dense_mask(b, t, s, n, k, **settings)
+  q, key, v, do, dlse = inputs(b, t, s, n, k, d, dv, dtype, seed)
+  args = (q, key, v) if sinks is None else (q, key, v, sinks)
+
+  def ours(q, k, v, sinks=None):
+    return attention(
+      q, k, v, sinks=sinks, return_lse=True, **settings, **numbers
+    )
+
+  def written(q, k, v, sinks=None):
+    return oracle(q, k, v, mask, sinks=sinks, **numbers)
+
+  wide = wide_vjp(written, args, do, dlse)
+  low = dtype != jnp.float32
+  naive = vjp(written, args, do, dlse) if low else wide
+  return vjp(ours, args, do, dlse), wide, naive, mask
+
+
+def close(ours, wide, naive, factor, slack):
+  """max |ours - wide| <= factor max |naive - wide| + slack."""
+  ours, naive = (np.asarray(x, np.float64) for x in (ours, naive))
+  finite = np.isfinite(wide)
+  np.testing.assert_array_equal(np.isneginf(ours), ~finite)
+  ours, naive, wide = ours[finite], naive[finite], wide[finite]
+  error = np.max(np.abs(ours - wide), initial=0)
+  allowed = np.max(np.abs(naive - wide), initial=0)
+  assert error <= factor * allowed + slack, (error, allowed)
+
+
+def check(ours, wide, naive, slack):
+  for mine, exact, low in zip(ours[0], wide[0], naive[0], strict=True):
+    close(mine, exact, low, 2, slack)
+  for mine, exact, low in zip(ours[1], wide[1], naive[1], strict=True):
+    close(mine, exact, low, 3, slack)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_oracle(case):
+  ours, wide, naive, mask = both(*CASES[case])
+  check(ours, wide, naive, 1e-5)
+  empty = ~mask.any(-1)
+  assert empty.any() == ("empty rows" in case or case in HAS_EMPTY)
+  assert not np.swapaxes(np.asarray(ours[0][0]), 1, 2)[empty].any()
+  assert not np.swapaxes(np.asarray(ours[1][0]), 1, 2)[empty].any()
+
+
+HAS_EMPTY = ("everything", "segments of both")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", ["causal, empty rows", "everything"])
+def test_low_precision_stays_within_the_rule(case, dtype):
+  ours, wide, naive, _ = both(*CASES[case], dtype=dtype)
+  assert ours[0][0].dtype == dtype and ours[0][1].dtype == jnp.float32
+  check(ours, wide, naive, 1e-5)
+
+
+def test_statistics_are_float32():
+  """In bfloat16 the sum of 512 equal weights would stop at 256."""
+  x = jnp.zeros((1, 512, 1, 8), jnp.bfloat16)
+  _, lse = attention(x, x, x, return_lse=True)
+  np.testing.assert_allclose(lse, np.log(512), rtol=1e-6)
+
+
+def test_float64():
+  with jax.enable_x64(True):
+    q, k, v, do, dlse = (
+      x.astype(jnp.float64) for x in inputs(1, 5, 7, 4, 2, 8)
+    )
+    mask = dense_mask(1, 5, 7, 4, 2, causal=True)
+    f = functools.partial(attention, causal=True, return_lse=True)
+    ours = vjp(f, (q, k, v), do, dlse)
+    wide = vjp(lambda *a: oracle(*a, mask), (q, k, v), do, dlse)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wide), strict=True):
+      assert a.dtype == jnp.float64
+      np.testing.assert_allclose(a, b, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", ["causal", "causal, empty rows", "everything"])
+def test_sinks_join_the_denominator(case):
+  shape, settings = CASES[case]
+  sinks = jnp.linspace(-1, 2, shape[3])
+  ours, wide, naive, mask = both(shape, settings, sinks=sinks)
+  check(ours, wide, naive, 1e-5)
+  lse = np.asarray(ours[0][1])
+  empty = ~mask.any(-1)
+  expected = np.broadcast_to(np.asarray(sinks)[None, :, None], lse.shape)
+  np.testing.assert_allclose(lse[empty], expected[empty], rtol=1e-6)
+
+
+def test_gradient_through_a_merge_of_halves_is_that_of_the_whole():
+  """What the gradient of lse is for."""
+  q, k, v, do, _ = inputs(1, 6, 10, 4, 2, 8)
+
+  def whole(q, k, v):
+    return jnp.sum(attention(q, k, v) * do)
+
+  def merged(q, k, v):
+    parts = [
+      attention(q, k[:, s], v[:, s], return_lse=True)
+      for s in (slice(0, 4), slice(4, 10))
+    ]
+    lse = jnp.logaddexp(parts[0][1], parts[1][1])
+    shares = [jnp.swapaxes(jnp.exp(x - lse), 1, 2)[..., None] for _, x in parts]
+    return jnp.sum((parts[0][0] * shares[0] + parts[1][0] * shares[1]) * do)
+
+  a = jax.jit(jax.grad(whole, argnums=(0, 1, 2)))(q, k, v)
+  b = jax.jit(jax.grad(merged, argnums=(0, 1, 2)))(q, k, v)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
+
+
+@pytest.mark.parametrize("how", ["positions", "segments"])
+def test_nan_in_padding_does_not_leak(how):
+  """Padding keys that no query sees, padding queries that see no key."""
+  q, k, v, do, dlse = inputs(2, 8, 8, 4, 2, 8)
+  if how == "positions":
+    index = jnp.arange(8, dtype=jnp.int32)[None, None]
+    settings = {
+      "causal": True,
+      "q_positions": jnp.where(index < 6, index, -1),
+      "kv_positions": jnp.where(index < 6, index, EMPTY),
+    }
+  else:
+    real = jnp.arange(8) < 6
+    settings = {
+      "segment_ids": jnp.broadcast_to(jnp.where(real, 0, -1), (2, 8)),
+      "kv_segment_ids": jnp.broadcast_to(jnp.where(real, 0, -2), (2, 8)),
+    }
+  f = functools.partial(attention, return_lse=True, **settings)
+  clean = vjp(f, (q, k, v), do, dlse)
+  bad = [x.at[:, 6:].set(jnp.nan) for x in (q, k, v, do)]
+  dirty = vjp(f, bad[:3], bad[3], dlse.at[:, :, 6:].set(jnp.nan))
+  assert not np.isnan(dirty[0][0]).any() and not np.isnan(dirty[0][1]).any()
+  for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for gradient in dirty[1]:
+    assert not np.asarray(gradient)[:, 6:].any()
+
+
+def test_dropout_equals_the_oracle_under_the_same_mask():
+  q, k, v, do, dlse = inputs(2, 6, 9, 4, 2, 8)
+  key = jax.random.key(7)
+  rate = 0.4
+  # With v = identity, o is the probabilities: what was kept can be read off.
+  eye = jnp.broadcast_to(jnp.eye(9)[None, :, None], (2, 9, 2, 9))
+  f = functools.partial(attention, dropout_rate=rate, dropout_key=key)
+  p = jnp.swapaxes(attention(q, k, eye), 1, 2)
+  kept = jnp.swapaxes(f(q, k, eye), 1, 2)
+  keep = np.asarray(kept / p)
+  np.testing.assert_allclose(keep[keep > 0], 1 / 0.6, rtol=1e-5)
+  assert 0.2 < (keep == 0).mean() < 0.6
+  mask = np.ones((2, 4, 6, 9), bool)
+  ours = vjp(lambda *a: f(*a, return_lse=True), (q, k, v), do, dlse)
+  wide = wide_vjp(lambda *a: oracle(*a, mask, keep=keep), (q, k, v), do, dlse)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wide), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+  assert (f(q, k, v) == f(q, k, v)).all()
+  other = attention(q, k, v, dropout_rate=rate, dropout_key=jax.random.key(8))
+  assert (other != f(q, k, v)).any()
+
+
+def test_rate_0_ignores_the_key():
+  q, k, v, _, _ = inputs(1, 4, 4, 2, 2, 8)
+  out = attention(q, k, v, dropout_rate=0.0, dropout_key=jax.random.key(0))
+  np.testing.assert_array_equal(out, attention(q, k, v))
+
+
+def test_vmap_equals_a_loop():
+  q, k, v, _, _ = inputs(3, 5, 5, 4, 2, 8)
+  ids = segments(3, 5)
+
+  def one(q, k, v, ids):
+    def loss(q):
+      x = attention(q[None], k[None], v[None], segment_ids=ids[None])
+      return jnp.sum(jnp.square(x))
+
+    return jax.value_and_grad(loss)(q)
+
+  many = jax.jit(jax.vmap(one))(q, k, v, ids)
+  one = jax.jit(one)
+  for i in range(3):
+    single = one(q[i], k[i], v[i], ids[i])
+    for a, b in zip(many, single, strict=True):
+      np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
+
+
+BAD = {
+  "heads": ({"n": 4, "k": 3}, {}, "4 query heads .* 3 kv heads"),
+  "softcap": ({}, {"softcap": 0.0}, "softcap is 0.0"),
+  "rate": ({}, {"dropout_rate": 1.0}, "dropout_rate is 1.0"),
+  "key": ({}, {"dropout_rate": 0.5}, "no key"),
+  "window": ({}, {"window": (-1, 2)}, "left width -1"),
+  "lone segments": (
+    {"t": 3},
+    {"segment_ids": jnp.zeros((1, 3), jnp.int32)},
+    "3 queries and 4 keys",
+  ),
+  "lone kv segments": (
+    {},
+    {"kv_segment_ids": jnp.zeros((1, 4), jnp.int32)},
+    "without segment_ids",
+  ),
+  "implementation": ({}, {"impl": "cuddn"}, "did you mean 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_errors(case):
+  sizes, settings, message = BAD[case]
+  sizes = {"b": 1, "t": 4, "s": 4, "n": 4, "k": 2, "d": 8, **sizes}
+  q, k, v, _, _ = inputs(**sizes)
+  with pytest.raises(ValueError, match=message):
+    attention(q, k, v, **settings)
+
+
+def test_bad_shapes_are_errors_without_the_type_checker():
+  """explain shares the checks, and takes structs that no annotation sees."""
+  s = jax.ShapeDtypeStruct
+  x = s((2, 4, 4, 8), jnp.float32)
+  for bad in [
+    (x, s((2, 5, 4, 8), jnp.float32), x),
+    (s((3, 4, 4, 8), jnp.float32), x, x),
+    (s((2, 4, 4, 16), jnp.float32), x, x),
+    (s((2, 4, 4, 8), jnp.bfloat16), x, x),
+    (s((2, 4, 8), jnp.float32), x, x),
+  ]:
+    with pytest.raises(ValueError):
+      explain(*bad)
+  for name, shape in [
+    ("segment_ids", (2, 5)),
+    ("sinks", (3,)),
+    ("q_positions", (2, 3, 4)),
+    ("kv_positions", (2, 4)),
+  ]:
+    with pytest.raises(ValueError, match=name):
+      explain(x, x, x, **{name: s(shape, jnp.int32)})
+  with pytest.raises(ValueError, match="not int32"):
+    explain(x, x, x, q_positions=s((1, 1, 4), jnp.int16))
+  assert [r.verdict for r in explain(x, x, x)] == ["runs", "refuses"]
+
+
+@pytest.mark.parametrize("name", ["mask", "shard_axes"])
+def test_what_comes_later_is_refused(name):
+  q, k, v, _, _ = inputs(1, 4, 4, 2, 2, 8)
+  with pytest.raises(NotImplementedError, match="later release"):
+    attention(q, k, v, **{name: ()})
+
+
+# ---- cudnn: its refusals here, its numbers on a GPU --------------------------
+
+
+def refusal(dtype=jnp.bfloat16, t=64, s=64, d=64, dv=None, hopper=True, **kw):
+  struct = jax.ShapeDtypeStruct
+  q = struct((1, t, 4, d), dtype)
+  k, v = struct((1, s, 2, d), dtype), struct((1, s, 2, dv or d), dtype)
+  arrays = {x: kw.pop(x) for x in list(kw) if x in Extras._fields}
+  return _refuse_cudnn_call(
+    q, k, v, Extras(**arrays), Options(**kw), hopper=hopper
+  )
+
+
+def test_cudnn_takes_what_it_can():
+  assert refusal() is None
+  assert refusal(causal=True) is None
+  assert refusal(causal=True, window=(7, 0)) is None
+  assert refusal(dtype=jnp.float16, t=32) is None
+  assert refusal(d=256) is None
+
+
+@pytest.mark.parametrize(
+  "settings, word",
+  [
+    ({"segment_ids": 0, "kv_segment_ids": 0}, "segment_ids"),
+    ({"q_positions": 0}, "q_positions"),
+    ({"kv_positions": 0}, "kv_positions"),
+    ({"sinks": 0}, "sinks"),
+    ({"softcap": 3.0}, "softcap"),
+    ({"dropout_rate": 0.1}, "dropout"),
+    ({"return_lse": True}, "lse"),
+    ({"dtype": jnp.float32}, "float32"),
+    ({"causal": True, "t": 32}, "32 queries meet 64 keys"),
+    ({"window": (3, 3)}, "window"),
+    ({"d": 60}, "60"),
+    ({"d": 256, "hopper": False}, "256"),
+    ({"d": 264}, "264"),
+    ({"dv": 32}, "32"),
+  ],
+)
+def test_cudnn_refuses_the_rest_with_the_reason(settings, word):
+  assert word in refusal(**settings)
+
+
+def test_cudnn_by_name_raises_its_reason_without_a_gpu():
+  q, k, v, _, _ = inputs(1, 8, 8, 2, 2, 8, dtype=jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="platform is cpu"):
+    attention(q, k, v, impl="cudnn")
+  out = attention(q, k, v, impl=("cudnn", "xla"))
+  np.testing.assert_array_equal(out, attention(q, k, v, impl="xla"))
+
+
+def test_report_has_a_winner_for_every_case():
+  rows = report()
+  cases = {r.case for r in rows}
+  assert len(cases) == 4
+  for case in cases:
+    assert [r.verdict for r in rows if r.case == case].count("runs") == 1
+  assert all(r.reason for r in rows if r.verdict == "refuses")
+
+
+GPU = [
+  ((2, 256, 256, 8, 8, 64), {"causal": True}),
+  ((2, 256, 256, 9, 3, 64), {"causal": True}),
+  ((2, 256, 256, 8, 2, 128), {"causal": True, "scale": 0.1}),
+  ((1, 128, 384, 4, 1, 64), {}),
+  ((1, 113, 113, 4, 4, 96), {"causal": True}),
+  ((1, 256, 256, 4, 4, 256), {"causal": True}),
+  ((1, 512, 512, 4, 2, 64), {"causal": True, "window": (100, 0)}),
+  ((1, 512, 512, 4, 2, 64), {"causal": True, "window": 64}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape, settings", GPU)
+def test_cudnn_equals_oracle_on_gpu(shape, settings, dtype):
+  q, k, v, do, _ = inputs(*shape, dtype=dtype)
+  b, t, s, n, heads, _ = shape
+  settings = dict(settings)
+  scale = settings.pop("scale", None)
+  i, j = np.arange(t)[:, None] + s - t, np.arange(s)
+  seen = np.ones((t, s), bool)
+  if settings.get("causal"):
+    seen &= j <= i
+  if "window" in settings:
+    w = settings["window"]
+    left, right = (w, w) if isinstance(w, int) else w
+    seen &= (j >= i - left) & (j <= i + right)
+  mask = np.broadcast_to(seen, (b, n, t, s))
+
+  def run(f, *args):
+    o, pull = jax.vjp(f, *args)
+    return o, pull(do.astype(o.dtype))
+
+  def written(*a):
+    return oracle(*a, mask, scale=scale)[0]
+
+  def cudnn(*a):
+    return attention(*a, scale=scale, impl="cudnn", **settings)
+
+  ours = run(jax.jit(cudnn), q, k, v)
+  wide = run(written, *(x.astype(jnp.float32) for x in (q, k, v)))
+  naive = run(written, q, k, v)
+  assert "fmha" in jax.jit(cudnn).lower(q, k, v).as_text()
+  wide = jax.tree.map(np.asarray, wide)
+  close(ours[0], wide[0], naive[0], 2, 1e-5)
+  for a, e, low in zip(ours[1], wide[1], naive[1], strict=True):
+    close(a, e, low, 3, 1e-4)
+
+
+@pytest.mark.gpu
+def test_cudnn_runs_once_under_the_policy_on_gpu():
+  q, k, v, _, _ = inputs(1, 128, 128, 4, 4, 64, dtype=jnp.bfloat16)
+
+  def count(**kwargs):
+    f = jax.checkpoint(
+      lambda q: attention(q, k, v, causal=True, impl="cudnn").sum(), **kwargs
+    )
+    text = jax.jit(jax.grad(f)).lower(q).as_text()
+    return len(re.findall(r"fmhaSoftmax[\"(]", text))
+
+  assert count(policy=save_attention) == 1
+  assert count() == 2
+
+
+@pytest.mark.gpu
+def test_default_on_gpu_is_cudnn_then_xla():
+  q, k, v, _, _ = inputs(1, 64, 64, 4, 4, 64, dtype=jnp.bfloat16)
+
+  def text(**kwargs):
+    f = jax.jit(functools.partial(attention, causal=True, **kwargs))
+    return f.lower(q, k, v).as_text()
+
+  assert "fmha" in text()
+  assert "fmha" not in text(segment_ids=jnp.zeros((1, 64), jnp.int32))

@@ -1,0 +1,47 @@
+"""RMSNorm against its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isthmus.nets import RMSNorm
+from isthmus.nets.norm import rms_norm
+
+
+def test_formula_and_gradients():
+  x = jax.random.normal(jax.random.key(0), (2, 3, 8)) * 3
+  scale = jnp.linspace(0.5, 2, 8)
+
+  def formula(x, scale):
+    return scale * x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
+
+  ours = jax.vjp(lambda *a: rms_norm(*a, 1e-3), x, scale)
+  plain = jax.vjp(formula, x, scale)
+  np.testing.assert_allclose(ours[0], plain[0], rtol=1e-5)
+  for a, b in zip(ours[1](x), plain[1](x), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_float32():
+  """Squares of 300 overflow float16, and their sum stops in bfloat16."""
+  for dtype in (jnp.float16, jnp.bfloat16):
+    x = jnp.full((1, 512), 300, dtype)
+    y = RMSNorm().apply({"params": {"scale": jnp.ones(512)}}, x)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.asarray(y, np.float32), 1, rtol=1e-2)
+
+
+def test_nothing_wide_is_kept():
+  """Of a bfloat16 input, no float32 copy is saved for the backward pass."""
+  x = jnp.ones((4, 512), jnp.bfloat16)
+  _, pull = jax.vjp(lambda x: rms_norm(x, jnp.ones(512), 1e-6), x)
+  kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= x.size]
+  assert kept and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
+
+
+def test_parameters():
+  params = RMSNorm(param_dtype=jnp.bfloat16).init(
+    jax.random.key(0), jnp.ones((1, 6))
+  )["params"]
+  assert params["scale"].tolist() == [1] * 6
+  assert params["scale"].dtype == jnp.bfloat16

@@ -1,0 +1,226 @@
+"""Stacks: loops and layers written out, kept and recomputed, are equal."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.attention import attention
+from isthmus.nets import Stack, stack_layers, unstack_layers
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 8))
+DEPTH = 3
+
+
+class Residual(nn.Module):
+  """A block that returns x alone, and may drop and shift."""
+
+  rate: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, *, train=False, shift=None):
+    h = jnp.tanh(nn.Dense(16, name="up")(x))
+    if self.rate:
+      h = nn.Dropout(self.rate, name="drop")(h, deterministic=not train)
+    x = x + nn.Dense(x.shape[-1], name="down")(h)
+    return x if shift is None else x + shift
+
+
+class Tally(nn.Module):
+  """A block with an input and an output of its own."""
+
+  @nn.compact
+  def __call__(self, x, *, state):
+    y = nn.Dense(x.shape[-1], name="dense")(x) + state["bias"]
+    return y, {"state": {"bias": state["bias"] + 1}, "norm": (y**2).sum()}
+
+
+def make(scan, mode, block=None, **kwargs):
+  return Stack(block or Residual(), DEPTH, scan=scan, mode=mode, **kwargs)
+
+
+def shared_params():
+  params = make(True, "plain").init(jax.random.key(1), X)["params"]
+  return {True: params, False: unstack_layers(params)}
+
+
+COMBINATIONS = [(s, m) for s in (True, False) for m in ("plain", "remat")]
+
+
+def test_all_combinations_have_equal_values_and_gradients():
+  params, results = shared_params(), []
+  for scan, mode in COMBINATIONS:
+    model = make(scan, mode)
+
+    def loss(params, x, shift, model=model):
+      y, aux = model.apply({"params": params}, x, shift=shift)
+      assert aux == {}
+      return (y**2).sum(), y
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (dp, dx, dshift), y = gradient(params[scan], X, jnp.ones(8))
+    results.append((dp if scan else stack_layers(dp), dx, dshift, y))
+    assert np.abs(dshift).min() > 0
+  for other in results[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5),
+      results[0],
+      other,
+    )
+
+
+@pytest.mark.parametrize("scan, mode", COMBINATIONS)
+def test_recomputation_is_there_in_mode_remat_only(scan, mode):
+  params = shared_params()[scan]
+  model = make(scan, mode)
+
+  def loss(params):
+    return model.apply({"params": params}, X)[0].sum()
+
+  text = str(jax.make_jaxpr(jax.grad(loss))(params))
+  assert ("remat" in text or "checkpoint" in text) == (mode == "remat")
+  assert ("scan" in text) == scan
+
+
+def test_layers_differ():
+  params = make(True, "plain").init(jax.random.key(1), X)["params"]
+  kernel = params["blocks"]["up"]["kernel"]
+  assert kernel.shape == (DEPTH, 8, 16)
+  assert (kernel[0] != kernel[1]).any()
+  params = make(False, "plain").init(jax.random.key(1), X)["params"]
+  assert sorted(params) == ["block_00", "block_01", "block_02"]
+
+
+@pytest.mark.parametrize("scan, mode", COMBINATIONS)
+def test_inputs_and_outputs_of_each_layer(scan, mode):
+  model = make(scan, mode, Tally())
+  state = {"bias": jnp.arange(DEPTH * 8.0).reshape(DEPTH, 8)}
+  layers = {"state": state}
+  params = make(True, "plain", Tally()).init(
+    jax.random.key(1), X, layers=layers
+  )["params"]
+  tree = {"params": params if scan else unstack_layers(params)}
+  y, aux = jax.jit(lambda p: model.apply(p, X, layers=layers))(tree)
+  x = X
+  for i in range(DEPTH):
+    dense = params["blocks"]["dense"]
+    x = x @ dense["kernel"][i] + dense["bias"][i] + state["bias"][i]
+    np.testing.assert_allclose(aux["norm"][i], (x**2).sum(), rtol=1e-4)
+  np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-4)
+  np.testing.assert_array_equal(aux["state"]["bias"], state["bias"] + 1)
+  with pytest.raises(ValueError, match=r"3 layers has the shape \(2, 8\)"):
+    model.apply(tree, X, layers={"state": {"bias": jnp.zeros((2, 8))}})
+
+
+@pytest.mark.parametrize("scan, mode", COMBINATIONS)
+def test_dropout_draws_anew_in_each_layer(scan, mode):
+  model = make(scan, mode, Residual(rate=0.5))
+  params = shared_params()[scan]
+
+  # Zero kernels and a positive bias leave, in `down`, the mask of each layer.
+  def run(key, train=True):
+    return model.apply(
+      {"params": params}, X, train=train, rngs={"dropout": key}
+    )[0]
+
+  one, two = jax.random.key(0), jax.random.key(1)
+  np.testing.assert_array_equal(run(one), run(one))
+  assert (run(one) != run(two)).any()
+  np.testing.assert_array_equal(run(one, False), run(two, False))
+  masks = masks_of(model, params, one)
+  assert (masks[0] != masks[1]).any() and (masks[1] != masks[2]).any()
+
+
+def masks_of(model, params, key):
+  """What each layer adds when every hidden unit is tanh(1)."""
+
+  def fill(path, p):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.endswith("up/bias"):
+      return jnp.ones_like(p)
+    if name.endswith("down/kernel"):
+      return jnp.broadcast_to(jnp.eye(16, 8), p.shape)
+    return jnp.zeros_like(p)
+
+  params = jax.tree.map_with_path(fill, params)
+  outs = []
+  for last in range(DEPTH):
+
+    def silence(path, p, last=last):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      if not name.endswith("down/kernel"):
+        return p
+      if name.startswith("blocks"):
+        return p.at[jnp.arange(DEPTH) != last].set(0)
+      return p if name.startswith(f"block_{last:02d}") else p * 0
+
+    only = jax.tree.map_with_path(silence, params)
+    y, _ = model.apply(
+      {"params": only}, X * 0, train=True, rngs={"dropout": key}
+    )
+    outs.append(np.asarray(y))
+  return outs
+
+
+def test_memory_grows_slower_with_depth_in_mode_remat():
+  x = jnp.ones((8, 64, 32))
+
+  def slope(mode):
+    def temp(depth):
+      model = Stack(Residual(), depth, mode=mode)
+      params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+      def loss(params, x):
+        return model.apply({"params": params}, x)[0].sum()
+
+      compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    return (temp(24) - temp(8)) / 16 / x.nbytes
+
+  assert slope("remat") < 0.7 * slope("plain")
+  assert slope("remat") < 2  # about its input
+
+
+class Attend(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    q = nn.Dense(8, name="q")(x).reshape(*x.shape[:2], 2, 4)
+    return x + attention(q, q, q, causal=True).reshape(x.shape)
+
+
+def test_remat_runs_attention_once_by_default():
+  def products(**kwargs):
+    model = Stack(Attend(), DEPTH, mode="remat", **kwargs)
+    params = model.init(jax.random.key(0), X)["params"]
+
+    def loss(params):
+      return model.apply({"params": params}, X)[0].sum()
+
+    return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+  assert products() < products(policy=None)
+
+
+def test_conversion_goes_both_ways_at_any_depth():
+  params = {"a": shared_params()[True], "b": {"kernel": jnp.ones(3)}}
+  apart = unstack_layers(params)
+  assert sorted(apart["a"]) == ["block_00", "block_01", "block_02"]
+  back = stack_layers(apart)
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_order_beyond_ten_layers():
+  params = {f"block_{i:02d}": {"w": jnp.full(1, i)} for i in range(120)}
+  stacked = stack_layers(params)["blocks"]["w"]
+  assert stacked[:, 0].tolist() == list(range(120))
+  assert unstack_layers({"blocks": {"w": stacked}}).keys() == params.keys()
+
+
+def test_bad_settings():
+  with pytest.raises(ValueError, match="'reversed' is none of plain, remat"):
+    Stack(Residual(), 2, mode="reversed")
+  with pytest.raises(ValueError, match="depth is 0"):
+    Stack(Residual(), 0)
