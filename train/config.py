@@ -16,6 +16,7 @@ import inspect
 import math
 import pathlib
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,19 +80,27 @@ def choose(variants: dict[str, Any], variant: str) -> Any:
 
 
 def override(job: Any, overrides: Iterable[str]) -> Any:
-  """A copy of `job` with each `dotted.name=value` applied in order."""
+  """A copy of `job` with each `dotted.name=value` applied.
+
+  Fields of one object are set together, so that sizes which depend on each
+  other can change at once; of one name given twice the later value holds.
+  """
+  tree: dict[str, Any] = {}
   for item in overrides:
     name, equals, text = item.partition("=")
     name = name.strip()
     if not equals or not name:
       raise ConfigError(f"--set {item!r} is not of the form name=value")
-    try:
-      job = _set(job, name.split("."), text.strip(), name)
-    except ConfigError:
-      raise
-    except (ValueError, TypeError) as error:  # refused by a __post_init__
-      raise ConfigError(f"--set {item}: {_one_line(error)}") from error
-  return job
+    *parents, last = name.split(".")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+      if isinstance(node, str):
+        raise ConfigError(f"--set {name}: {parent!r} is also set whole")
+    if isinstance(node.get(last), dict):
+      raise ConfigError(f"--set {name}: fields of it are set too")
+    node[last] = text.strip()
+  return _set(job, tree, "") if tree else job
 
 
 def flatten(job: Any) -> dict[str, str]:
@@ -158,44 +167,47 @@ def _is_node(value: Any) -> bool:
   return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _set(node: Any, names: list[str], text: str, full: str) -> Any:
-  head, *rest = names
+def _set(node: Any, tree: dict[str, Any], prefix: str) -> Any:
+  """`node` with the values of `tree` in place of its own."""
   if isinstance(node, functools.partial):
     known = _keywords(node)
-    if head not in known:
+    old = {n: node.keywords.get(n, p.default) for n, p in known.items()}
+    hints, kind = _hints(node.func), f"{_name(node.func)} has no argument"
+  elif isinstance(node, dict):
+    old, kind = node, "no key"
+    hints = {n: type(v) for n, v in node.items() if v is not None}
+  elif _is_node(node):
+    old = {n: getattr(node, n) for n in _fields(node)}
+    hints, kind = _hints(type(node)), f"{type(node).__name__} has no field"
+  else:
+    raise ConfigError(
+      f"--set {prefix}{next(iter(tree))}: {_text(node)} has no fields"
+    )
+  for name in tree:
+    if name not in old:
       raise ConfigError(
-        f"--set {full}: {_name(node.func)} has no argument "
-        f"{head!r}{nearest(head, known)}"
+        f"--set {prefix}{name}: {kind} {name!r}{nearest(name, old)}"
       )
-    old = node.keywords.get(head, known[head].default)
-    hint = _hints(node.func).get(head, Any)
-    new = _value(old, rest, text, full, hint)
-    return functools.partial(
-      node.func, *node.args, **{**node.keywords, head: new}
-    )
-  if isinstance(node, dict):
-    if head not in node:
-      raise ConfigError(f"--set {full}: no key {head!r}{nearest(head, node)}")
-    hint = Any if node[head] is None else type(node[head])
-    return {**node, head: _value(node[head], rest, text, full, hint)}
-  if not _is_node(node):
-    raise ConfigError(
-      f"--set {full}: {_text(node)} has no fields, so no {head!r}"
-    )
-  known = _fields(node)
-  if head not in known:
-    raise ConfigError(
-      f"--set {full}: {type(node).__name__} has no field "
-      f"{head!r}{nearest(head, known)}"
-    )
-  hint = _hints(type(node)).get(head, Any)
-  new = _value(getattr(node, head), rest, text, full, hint)
-  return dataclasses.replace(node, **{head: new})
+  new = {
+    n: _set(old[n], value, f"{prefix}{n}.")
+    if isinstance(value, dict)
+    else _value(old[n], value, prefix + n, hints.get(n, Any))
+    for n, value in tree.items()
+  }
+  try:
+    if isinstance(node, functools.partial):
+      return functools.partial(
+        node.func, *node.args, **{**node.keywords, **new}
+      )
+    if isinstance(node, dict):
+      return {**node, **new}
+    return dataclasses.replace(node, **new)
+  except (ValueError, TypeError) as error:  # refused by a __post_init__
+    given = " ".join(f"{prefix}{n}={_text(v)}" for n, v in new.items())
+    raise ConfigError(f"--set {given}: {_one_line(error)}") from error
 
 
-def _value(old: Any, rest: list[str], text: str, full: str, hint: Any) -> Any:
-  if rest:
-    return _set(old, rest, text, full)
+def _value(old: Any, text: str, full: str, hint: Any) -> Any:
   if _is_node(old) or isinstance(old, (functools.partial, dict)):
     if text == "None" and type(None) in typing.get_args(hint):
       return None
@@ -323,7 +335,14 @@ def _is_dtype(old: Any, hint: Any) -> bool:
 def _dtype(text: str) -> Any:
   import jax.numpy as jnp
 
-  return jnp.dtype(text.removeprefix("jnp.").strip("'\""))
+  name = text.removeprefix("jnp.").strip("'\"")
+  # numpy also knows "f4,f4", "O", "3i", and parses digits without end.
+  if not re.fullmatch(r"[a-z]{3,}\w{,20}", name):
+    raise TypeError(name)
+  dtype = jnp.dtype(name)
+  if not jnp.issubdtype(dtype, jnp.number):
+    raise TypeError(name)
+  return dtype
 
 
 def _hint_text(hint: Any) -> str:

@@ -106,6 +106,34 @@ def test_refused_in_one_line(item, words):
     assert word in text, text
 
 
+class Heads(nn.Module):
+  width: int = 12
+  heads: int = 3
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ValueError(f"width {self.width}, heads {self.heads}")
+    super().__post_init__()
+
+
+def test_fields_that_depend_on_each_other_change_at_once():
+  job = dataclasses.replace(Job(), model=Heads())
+  items = ["model.width=16", "model.heads=4"]
+  for order in (items, items[::-1]):
+    model = config.override(job, order).model
+    assert (model.width, model.heads) == (16, 4)
+  with pytest.raises(config.ConfigError, match=r"model\.width=16.*heads 3"):
+    config.override(job, items[:1])
+
+
+def test_the_later_of_two_values_holds():
+  assert config.override(Job(), ["clip=3", "clip=4"]).clip == 4.0
+  with pytest.raises(config.ConfigError, match="also set whole"):
+    config.override(Job(), ["model.inner=None", "model.inner.width=3"])
+  with pytest.raises(config.ConfigError, match="fields of it"):
+    config.override(Job(), ["model.inner.width=3", "model.inner=None"])
+
+
 def test_functions_are_not_set_from_text():
   job = dataclasses.replace(Job(), call=scale)
   with pytest.raises(config.ConfigError, match="chosen in a recipe"):
