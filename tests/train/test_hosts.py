@@ -1,4 +1,4 @@
-"""Two processes train as one: gloo between them, one folder, one set of logs."""
+"""Two processes train as one: gloo between them, one folder, one log."""
 
 import functools
 import shutil
