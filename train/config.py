@@ -384,9 +384,12 @@ def _text(value: Any) -> str:
     return value.name
   if isinstance(value, type) or inspect.isroutine(value):
     try:
-      return np.dtype(value).name  # jnp.bfloat16 is a class
+      dtype = np.dtype(value)  # jnp.bfloat16 is a class
     except TypeError:
-      return f"{value.__module__}:{value.__qualname__}"
+      dtype = np.dtype(object)  # as of any class
+    if dtype.kind != "O":
+      return dtype.name
+    return f"{value.__module__}:{value.__qualname__}"
   if isinstance(value, (str, int, float, bool, type(None))):
     return repr(value)
   if _is_node(value) or isinstance(value, functools.partial):

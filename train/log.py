@@ -34,9 +34,11 @@ def read(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     return
   for line in path.read_text().splitlines():
     try:
-      yield json.loads(line)
+      record = json.loads(line)
     except json.JSONDecodeError:
       continue
+    if isinstance(record, dict):
+      yield record
 
 
 class Writer:

@@ -324,6 +324,8 @@ def test_generate(capsys, trained):
   assert out.startswith("import os") and len(out) > len("import os\n")
   again = _generate(capsys, trained, *longer)
   assert again == (status, out, err)
+  bare = _call(capsys, "generate", "--workdir", trained, *longer)
+  assert bare[0] == 0 and len(bare[1]) > 1  # without a prompt
   other = _generate(capsys, trained, *longer, "--set", "seed=1")
   assert other[0] == 0 and other[1] != out
 
