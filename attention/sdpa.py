@@ -308,6 +308,11 @@ def _refuse_cudnn_call(q, k, v, extras, options, hopper: bool) -> str | None:
       f"its causal mask is aligned top-left, and {q.shape[1]} queries meet "
       f"{k.shape[1]} keys"
     )
+  if q.shape[1] % 2 or k.shape[1] % 2:
+    return (
+      f"its backward pass takes even lengths, not {q.shape[1]} queries and "
+      f"{k.shape[1]} keys"
+    )
   if options.window is not None and not options.causal:
     return f"it takes a window {options.window} with causal only"
   d, dv, limit = q.shape[3], v.shape[3], 256 if hopper else 128
