@@ -67,10 +67,10 @@ def attend(
 def _attend(options, q, k, v, sinks, extras):
   mask = _mask(options, q, k, extras)
   (b, t, n, _), dtype = q.shape, q.dtype
-  unseen = _unseen(options, q, k, extras)
+  strays = mask if _unseen(options, q, k, extras) else None
   q, k, v = _heads_first(q, k, v)
-  if unseen:
-    q, k, v = _clean(mask, q, k, v)
+  if strays is not None:
+    q, k, v = _clean(strays, q, k, v)
   x, _ = _logits(options, q, k, mask, t)
   top = jnp.max(x, axis=-1)
   if sinks is not None:
@@ -102,13 +102,13 @@ def _backward(options, residuals, cotangents):
   do, dlse = cotangents
   mask = _mask(options, q, k, extras)
   t, dtype, acc = q.shape[1], q.dtype, lse.dtype
-  unseen = _unseen(options, q, k, extras)
+  strays = mask if _unseen(options, q, k, extras) else None
   q, k, v = _heads_first(q, k, v)
   do, o = (_rows_first(x, k.shape[1]) for x in (do, o))
-  if unseen:
-    q, k, v = _clean(mask, q, k, v)
+  if strays is not None:
+    q, k, v = _clean(strays, q, k, v)
     # A row without keys passes nothing on, whatever its cotangents hold.
-    do = jnp.where(_to_rows(jnp.any(mask, axis=-1), q), do, 0)
+    do = jnp.where(_to_rows(jnp.any(strays, axis=-1), q), do, 0)
   dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
   top = jnp.where(jnp.isneginf(lse), 0.0, lse)
 

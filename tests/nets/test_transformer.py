@@ -231,9 +231,11 @@ def test_strict_promotion():
   with jax.numpy_dtype_promotion("strict"):
     for dtype in (jnp.float32, jnp.bfloat16):
       low = model.copy(dtype=dtype, logits_softcap=5.0)
-      jax.eval_shape(
-        jax.grad(lambda v, low=low: low.apply(v, TOKENS)[0].sum()), variables
-      )
+      grad = jax.grad(lambda v, low=low: low.apply(v, TOKENS)[0].sum())
+      for leaf in jax.tree.leaves(jax.eval_shape(grad, variables)):
+        assert leaf.dtype == jnp.float32
+    with pytest.raises(jax.dtypes.TypePromotionError):  # strict indeed
+      jnp.ones(1, jnp.bfloat16) + jnp.ones(1, jnp.float32)
 
 
 def test_initial_sizes():
