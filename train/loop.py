@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class NonFiniteError(ArithmeticError):
-  """A loss or gradient that is NaN or infinite; names the step."""
+  """A loss, gradient or parameter that is no number; names the step."""
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -196,7 +196,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
 
   Raises:
     ConfigError: settings that don't fit each other, the data or the devices.
-    NonFiniteError: a loss or gradient norm that is no number.
+    NonFiniteError: a loss, gradient norm or parameter that is no number.
     CheckpointError: no checkpoint of the folder can be trusted.
   """
   first = jax.process_index() == 0
@@ -287,7 +287,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       if pending is not None:
         finish(*pending)
       pending = (done, metrics)
-      halt = stop(done)
+      halt = stop(done) and done < job.steps
       saving = halt or due(done, job.save_every, job.steps)
       evaluating = not halt and due(done, job.eval_every, job.steps)
       if not (saving or evaluating):
@@ -326,11 +326,13 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     )
     results.update({f"eval/{k}": v for k, v in evaluated.items()})
     results.update(_memory())
+    params = state.params if state.ema is None else state.ema
+    if job.report is not None:
+      params = _gather(params)
     if first:
       if start == done:  # nothing was left to train: what the run had found
         results = {**_previous(workdir), **results}
       if job.report is not None:
-        params = state.params if state.ema is None else state.ema
         results.update(job.report(job, workdir, params, results))
       picture = log.plot_losses(workdir, workdir.name)
       if picture is not None:
@@ -407,6 +409,15 @@ def _all_finite(tree: Any) -> jax.Array:
     x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
   )
   return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
+
+
+def _gather(params: Any) -> Any:
+  """The whole of each array for a report, which one process alone makes."""
+  if jax.process_count() == 1:
+    return params
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(params, tiled=True)
 
 
 def _previous(workdir: pathlib.Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from isthmus.data.loader import Loader
-from isthmus.train import cli, config
+from isthmus.train import cli, config, loop
 from isthmus.train.ckpt import restore_params
 from tests.train.child import TOY, Child, records
 
@@ -129,6 +129,23 @@ def test_killed_twenty_five_times(tmp_path, uninterrupted):
     _same_run(workdir, uninterrupted(48), steps=48)
     cut += more
   assert cut  # saves were in flight
+
+
+def test_an_evaluation_that_dies_is_made_again(whole, tmp_path, monkeypatch):
+  """A step is saved when its records are written, not before."""
+  real = loop.Run.evaluate
+
+  def dies(self, state):
+    if int(jax.device_get(state.step)) == 8:
+      raise MemoryError
+    return real(self, state)
+
+  monkeypatch.setattr(loop.Run, "evaluate", dies)
+  with pytest.raises(MemoryError):
+    _run("--workdir", tmp_path / "run")
+  monkeypatch.undo()
+  assert _run("--workdir", tmp_path / "run") == 0
+  _same_run(tmp_path / "run", whole)
 
 
 # --- signals ---

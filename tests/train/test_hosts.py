@@ -1,6 +1,7 @@
 """Two processes train as one: gloo between them, one folder, one log."""
 
 import functools
+import json
 import shutil
 import signal
 import socket
@@ -105,6 +106,12 @@ def runs(tmp_path_factory):
 def test_two_processes_train_as_one(runs):
   _same(runs / "two", runs / "one")
   assert len(list((runs / "two" / "tensorboard").iterdir())) == 1
+  # The first process reports on the whole of parameters that two hold.
+  norms = [
+    json.loads((runs / n / "results.json").read_text())["norm"]
+    for n in ("one", "two")
+  ]
+  assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.1
 
 
 def test_saved_by_one_and_resumed_by_two(runs, tmp_path):

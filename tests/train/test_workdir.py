@@ -76,7 +76,7 @@ def test_other_settings_are_refused(tmp_path, changes, words):
   "changes",
   [
     dict(mesh=toy.Mesh(data=1, model=-1)),
-    dict(rules=(("kernel", toy.jax.P("model")),)),
+    dict(rules=(("kernel", toy.P("model")),)),
     dict(log_every=7, save_every=None, keep=1),
     dict(profile=(1, 2)),
     dict(report=print),

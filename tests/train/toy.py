@@ -15,7 +15,7 @@ import numpy as np
 
 from isthmus.data.source import ArraySource
 from isthmus.train.jobs import Fit
-from isthmus.train.mesh import Mesh
+from isthmus.train.mesh import Mesh, P
 from isthmus.train.optim.chain import Optimizer
 from isthmus.train.tasks.classify import Classify
 
@@ -103,8 +103,14 @@ class Fragile(Classify):
     return value, aux
 
 
+def measure(job, workdir, params, results) -> dict[str, float]:
+  """A report: the parameters' norm, on whatever devices they are."""
+  squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params)]
+  return {"norm": float(sum(squares)) ** 0.5}
+
+
 def get_config(variant: str = "one") -> Fit:
-  """`one` device, or `all` of them along the mesh's data axis."""
+  """`one` device, or `all` of them with the parameters split over them."""
   return Fit(
     model=Net(),
     task=Fragile(),
@@ -112,9 +118,11 @@ def get_config(variant: str = "one") -> Fit:
     optimizer=Optimizer(learning_rate=1e-2, warmup=4),
     steps=16,
     batch_size=16,
-    mesh=OneDevice() if variant == "one" else Mesh(),
+    mesh=OneDevice() if variant == "one" else Mesh(data=1, fsdp=-1),
+    rules=((r"head/kernel$", P("fsdp")), (r"up/kernel$", P(None, "fsdp"))),
     ema=0.9,
     eval_every=4,
     log_every=1,
     save_every=2,
+    report=measure,
   )
