@@ -69,7 +69,7 @@ def _cpu() -> Fit:
       warmup=40,
       final=0.05,
     ),
-    steps=1200,
+    steps=1000,
     batch_size=16,
     eval_batch_size=32,
     rules=RULES,
