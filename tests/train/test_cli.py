@@ -238,6 +238,7 @@ def test_list_into_a_pipe_that_nobody_reads():
     stdout=writer,
     stderr=subprocess.PIPE,
     timeout=120,
+    env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
   )
   os.close(writer)
   assert (done.returncode, done.stderr) == (0, b"")
