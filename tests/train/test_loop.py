@@ -364,59 +364,60 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path):
 # --- speed ---
 
 
-def _rate(times, skip=20):
-  return (len(times) - 1 - skip) / (times[-1] - times[skip])
-
-
 def _bare(run, steps):
-  """The times of steps in a plain loop over batches that are there."""
+  """When the steps of a plain loop, over batches that are there, were done."""
   with jax.set_mesh(run.mesh):
-    state, times = run.init(), []
+    state, before, times = run.init(), None, []
     batches = [b for _, b in run.train.iterate(0, 8)]
     for i in range(steps):
-      state, _ = run.step(state, batches[i % 8])
-      if i in (20, steps - 1):
-        jax.block_until_ready(state)
+      state, metrics = run.step(state, batches[i % 8])
+      jax.block_until_ready(before)  # as in the loop, one is under way
+      before = metrics
       times.append(time.perf_counter())
   return times
+
+
+def _seconds(times, skip=20):
+  """Of a step: the median, for a shared machine has hiccups."""
+  return float(np.median(np.diff(times[skip:])))
 
 
 @pytest.mark.slow
 def test_the_loop_costs_less_than_three_per_cent(tmp_path, monkeypatch):
   """Against the same compiled step in a plain loop over placed batches."""
-  model = Decoder(vocab_size=257, width=64, depth=2, num_heads=4, mode="plain")
   job = _decoder(
-    model=model,
-    data=Text(corpus=Files(), seq_len=64),
-    batch_size=8,
-    steps=220,
+    model=Decoder(vocab_size=257, width=64, depth=2, num_heads=4),
+    data=Text(corpus=Files(), seq_len=128),
+    steps=100,
     log_every=10,
     save_every=0,
     rules=(),
   )
-  real, shares = loop.Run, []
+  run, fitted = loop.Run(job), []
+
+  class Timed(loop.Run):
+    """The very same compiled step; notes when each was handed over."""
+
+    def __init__(self, job):
+      self.__dict__.update(run.__dict__)
+
+    def step(self, state, batch):
+      fitted.append(time.perf_counter())
+      return step(state, batch)
+
+  step = run.__dict__.pop("step")
+  shares = []
   for attempt in range(3):
-    run, fitted = real(job), []
-
-    class Timed(real):
-      def __init__(self, job, run=run, fitted=fitted):
-        self.__dict__.update(run.__dict__)
-
-        def step(state, batch):
-          out = run.step(state, batch)
-          fitted.append(time.perf_counter())
-          return out
-
-        self.step = step
-
-    bare = _bare(run, job.steps)
-    monkeypatch.setattr(loop, "Run", Timed)
-    job.run(tmp_path / str(attempt))
-    monkeypatch.undo()
-    shares.append(_rate(fitted) / _rate(bare))
-    print(f"bare {1e3 / _rate(bare):.2f} ms a step, fit {shares[-1]:.1%} of it")
-    assert 10 < 1e3 / _rate(bare) < 200
-  assert max(shares) >= 0.97, shares
+    run.step = step
+    bare = _seconds(_bare(run, job.steps))
+    del run.step, fitted[:]
+    with monkeypatch.context() as patched:
+      patched.setattr(loop, "Run", Timed)
+      job.run(tmp_path / str(attempt))
+    shares.append(bare / _seconds(fitted))
+    print(f"bare {1e3 * bare:.2f} ms a step, fit {shares[-1]:.1%} of its rate")
+    assert 0.01 < bare < 0.2
+  assert np.median(shares) >= 0.97, shares
 
 
 @pytest.mark.slow
