@@ -119,7 +119,10 @@ def get_config(variant: str = "one") -> Fit:
     steps=16,
     batch_size=16,
     mesh=OneDevice() if variant == "one" else Mesh(data=1, fsdp=-1),
-    rules=((r"head/kernel$", P("fsdp")), (r"up/kernel$", P(None, "fsdp"))),
+    rules=(
+      (r"head/kernel$", P("fsdp", None)),
+      (r"up/kernel$", P(None, "fsdp")),
+    ),
     ema=0.9,
     eval_every=4,
     log_every=1,
