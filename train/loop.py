@@ -387,14 +387,15 @@ def _stop_requests() -> Generator[Any, None, None]:
     return
 
   def handle(number, frame):
-    if asked.is_set() and number == signal.SIGINT:
-      raise KeyboardInterrupt  # a second Ctrl-C doesn't wait
-    if not asked.is_set():
-      again = ", again aborts" if number == signal.SIGINT else ""
-      name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-      # Not print: the handler may have interrupted one.
-      os.write(2, f"{name}: stopping after this step{again}\n".encode())
-    asked.set()
+    if asked.is_set():
+      if number == signal.SIGINT:
+        raise KeyboardInterrupt  # a second Ctrl-C doesn't wait
+      return
+    asked.set()  # before the message: who reads it may press again at once
+    again = ", again aborts" if number == signal.SIGINT else ""
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    # Not print: the handler may have interrupted one.
+    os.write(2, f"{name}: stopping after this step{again}\n".encode())
 
   old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
   try:
