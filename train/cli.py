@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-COMMANDS = ("show", "doctor", "generate", "table")
+COMMANDS = ("show", "doctor", "generate", "export", "table")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     "show": _show,
     "doctor": _doctor,
     "generate": _generate,
+    "export": _export,
     "table": _table,
   }.get(command)
   if run is None:
@@ -68,7 +69,8 @@ def _run(argv: list[str]) -> int:
     allow_abbrev=False,
     description="Trains and measures block-structured deep learning.",
     epilog="Other commands: isthmus show NAME, isthmus doctor, "
-    "isthmus generate --workdir DIR, isthmus table. "
+    "isthmus generate --workdir DIR, isthmus export --workdir DIR FILE, "
+    "isthmus table. "
     "A recipe given as path.py is Python code, and is run as such.",
   )
   parser.add_argument(
@@ -263,4 +265,30 @@ def _generate(argv: list[str]) -> int:
     config.override(job, args.set).run(args.workdir)
   except (config.ConfigError, workdir.WorkdirError, CheckpointError) as error:
     return _refuse(str(error))
+  return 0
+
+
+def _export(argv: list[str]) -> int:
+  parser = _Parser(
+    prog="isthmus export",
+    allow_abbrev=False,
+    description="Writes the parameters of a run as one safetensors file.",
+  )
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument(
+    "--step", type=int, help="the checkpoint (default: the last good one)"
+  )
+  parser.add_argument("file", type=pathlib.Path, metavar="FILE.safetensors")
+  args = parser.parse_args(argv)
+  from isthmus.train.ckpt import CheckpointError, restore_params
+  from isthmus.train.export import export_safetensors
+
+  try:
+    step, params = restore_params(args.workdir / "ckpt", step=args.step)
+    export_safetensors(args.file, params, metadata={"step": str(step)})
+  except CheckpointError as error:
+    return _refuse(str(error))
+  except OSError as error:
+    return _refuse(f"{args.file}: {error.strerror or error}")
+  print(f"step {step}: {args.file}")
   return 0

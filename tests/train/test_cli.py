@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from isthmus.attention import sdpa
 from isthmus.train import cli, config, recipe
+from isthmus.train.ckpt import restore_params
+from isthmus.train.export import load_safetensors
 from isthmus.train.jobs import Fit
 from tests.train.child import TOY
 
@@ -354,3 +357,31 @@ def test_generate_from_what_is_no_text(capsys, tmp_path):
   assert _call(capsys, *QUICK, "--workdir", tmp_path)[0] == 0
   status, _, err = _generate(capsys, tmp_path)
   assert status == 2 and "no model of text" in err
+
+
+# --- export ---
+
+
+def test_export(capsys, trained, tmp_path):
+  path = tmp_path / "model.safetensors"
+  status, out, err = _call(capsys, "export", "--workdir", trained, path)
+  assert status == 0, err
+  assert out == f"step 2: {path}\n"
+  _, params = restore_params(trained / "ckpt")
+  jax.tree.map(np.testing.assert_array_equal, load_safetensors(path), params)
+
+
+@pytest.mark.parametrize(
+  "more, words",
+  [
+    (["--step", "1", "x.safetensors"], ["step 1", "there are: 2"]),
+    (["nowhere/x.safetensors"], ["nowhere/x.safetensors"]),
+    ([], ["FILE.safetensors"]),
+  ],
+)
+def test_export_refused(capsys, trained, more, words):
+  status, _, err = _call(capsys, "export", "--workdir", trained, *more)
+  assert status == 2, err
+  assert len(err.splitlines()) == 1, err
+  for word in words:
+    assert word in err, err
