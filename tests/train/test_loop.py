@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 
 import jax
@@ -364,59 +367,19 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path):
 # --- speed ---
 
 
-def _bare(run, steps):
-  """When the steps of a plain loop, over batches that are there, were done."""
-  with jax.set_mesh(run.mesh):
-    state, before, times = run.init(), None, []
-    batches = [b for _, b in run.train.iterate(0, 8)]
-    for i in range(steps):
-      state, metrics = run.step(state, batches[i % 8])
-      jax.block_until_ready(before)  # as in the loop, one is under way
-      before = metrics
-      times.append(time.perf_counter())
-  return times
-
-
-def _seconds(times, skip=20):
-  """Of a step: the median, for a shared machine has hiccups."""
-  return float(np.median(np.diff(times[skip:])))
-
-
 @pytest.mark.slow
-def test_the_loop_costs_less_than_three_per_cent(tmp_path, monkeypatch):
+def test_the_loop_costs_less_than_three_per_cent(tmp_path):
   """Against the same compiled step in a plain loop over placed batches."""
-  job = _decoder(
-    model=Decoder(vocab_size=257, width=64, depth=2, num_heads=4),
-    data=Text(corpus=Files(), seq_len=128),
-    steps=100,
-    log_every=10,
-    save_every=0,
-    rules=(),
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.train.overhead", str(tmp_path)],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
   )
-  run, fitted = loop.Run(job), []
-
-  class Timed(loop.Run):
-    """The very same compiled step; notes when each was handed over."""
-
-    def __init__(self, job):
-      self.__dict__.update(run.__dict__)
-
-    def step(self, state, batch):
-      fitted.append(time.perf_counter())
-      return step(state, batch)
-
-  step = run.__dict__.pop("step")
-  shares = []
-  for attempt in range(3):
-    run.step = step
-    bare = _seconds(_bare(run, job.steps))
-    del run.step, fitted[:]
-    with monkeypatch.context() as patched:
-      patched.setattr(loop, "Run", Timed)
-      job.run(tmp_path / str(attempt))
-    shares.append(bare / _seconds(fitted))
-    print(f"bare {1e3 * bare:.2f} ms a step, fit {shares[-1]:.1%} of its rate")
-    assert 0.01 < bare < 0.2
+  assert done.returncode == 0, done.stderr
+  shares = [float(line) for line in done.stdout.split()]
+  print(shares)
+  assert len(shares) == 3
   assert np.median(shares) >= 0.97, shares
 
 
