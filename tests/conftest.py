@@ -44,8 +44,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-  """`gpu` and `slow` tests run only when their marker is asked for."""
+  """`gpu`, `parity`, `slow` tests run only when their marker is asked for."""
   for item in items:
-    for name in ("gpu", "slow"):
+    for name in ("gpu", "parity", "slow"):
       if item.get_closest_marker(name) and not _asked(config, name):
         item.add_marker(pytest.mark.skip(reason=f"run with -m {name}"))

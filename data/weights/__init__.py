@@ -1,0 +1,1 @@
+"""Readers of weight files: nothing in them is run, every size is checked."""

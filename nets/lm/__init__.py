@@ -1,0 +1,1 @@
+"""Language models: published ones that load, and those of papers."""
