@@ -11,6 +11,7 @@ else:
   from isthmus.data.image import ImageFolder
   from isthmus.data.library import PythonLibrary
   from isthmus.data.loader import Loader
+  from isthmus.data.mnist import Mnist5k
   from isthmus.data.permutation import permute
   from isthmus.data.source import Arrays, ArraySource, Dataset, Source
   from isthmus.data.text import Text, TextFiles
@@ -26,6 +27,7 @@ else:
     "Digits",
     "ImageFolder",
     "Loader",
+    "Mnist5k",
     "PythonLibrary",
     "Source",
     "Text",
