@@ -7,7 +7,13 @@ if __name__ != "isthmus.nets":  # imported from a checkout as plain `nets`
 else:
   from importlib.metadata import version
 
-  from isthmus.nets.mlp import GatedMlp, Mlp
+  from isthmus.nets.mlp import (
+    GatedMlp,
+    HourglassMlp,
+    Mlp,
+    MlpBlock,
+    ResidualMlp,
+  )
   from isthmus.nets.norm import RMSNorm
   from isthmus.nets.stack import Stack, stack_layers, unstack_layers
   from isthmus.nets.transformer import Attention, Block, Decoder, rope, rotation
@@ -18,8 +24,11 @@ else:
     "Block",
     "Decoder",
     "GatedMlp",
+    "HourglassMlp",
     "Mlp",
+    "MlpBlock",
     "RMSNorm",
+    "ResidualMlp",
     "Stack",
     "rope",
     "rotation",
