@@ -108,12 +108,13 @@ class TokenSource:
   """Windows of a token stream; see Text.
 
   An example holds
-    tokens int32 [seq_len + 1],
-    segment_ids int32 [seq_len + 1]: 1, 2, … for the documents in the row, 0
-      for padding (all 1 without segments),
-    weights float32 [seq_len]: 1 where token i + 1 is to be predicted, which
-      leaves out starts, padding and what an earlier window predicted,
-    num_bytes int32 []: bytes of text that the weighted targets stand for.
+
+  - `tokens` int32 [seq_len + 1];
+  - `segment_ids` int32 [seq_len + 1]: 1, 2, … for the documents in the row, 0
+    for padding (all 1 without segments);
+  - `weights` float32 [seq_len]: 1 where token i + 1 is to be predicted, which
+    leaves out starts, padding and what an earlier window predicted;
+  - `num_bytes` int32 []: bytes of text that the weighted targets stand for.
   """
 
   stream: Stream

@@ -1,0 +1,54 @@
+"""Sphinx's settings: `make docs`."""
+
+import pathlib
+import sys
+import tomllib
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import docstrings  # noqa: E402
+import pages  # noqa: E402
+import signatures  # noqa: E402
+
+project = "isthmus"
+author = "The isthmus authors"
+copyright = "the isthmus authors, Apache-2.0"
+release = version = tomllib.loads((HERE.parent / "pyproject.toml").read_text())[
+  "project"
+]["version"]
+
+extensions = [
+  "myst_parser",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.napoleon",
+  "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "gallery"]
+add_module_names = False
+html_theme = "furo"
+html_title = f"isthmus {release}"
+html_show_sphinx = False
+html_copy_source = False
+python_maximum_signature_line_length = 60
+highlight_language = "python"
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_docstring_signature = False
+autodoc_inherit_docstrings = False
+napoleon_numpy_docstring = False
+# Attributes of a dataclass or a Linen module are what it is built of.
+napoleon_custom_sections = [
+  ("Attributes", "params_style"),
+  ("Reference", "References"),
+]
+
+
+def setup(app):
+  app.connect("builder-inited", lambda app: pages.write(), priority=1)
+  app.connect("autodoc-process-signature", signatures.process_signature)
+  app.connect(
+    "autodoc-process-docstring", docstrings.process_docstring, priority=1
+  )

@@ -1,0 +1,99 @@
+"""Docstrings as reStructuredText: code in single backticks, nothing else.
+
+Our docstrings are written to be read in the source. Here `|`, `*` and
+trailing underscores lose the meaning that reStructuredText gives them, an
+indented block becomes a literal one, and a name in backticks is linked.
+"""
+
+import functools
+import re
+from typing import Any
+
+from sources import modules
+
+_SECTION = re.compile(
+  r"(Args|Attributes|Example|Examples|Note|Raises|Reference|References"
+  r"|Returns|Yields):$"
+)
+_SPAN = re.compile(r"(``.+?``|`[^`]+`)", re.S)
+# A star that isn't a bullet's, a bar, an underscore at a word's end.
+_MEANS = re.compile(r"\*(?! )|\||(?<=\w)_(?!\w)")
+_NAME = re.compile(r"[A-Za-z_][\w.]*$")
+
+
+def process_docstring(
+  app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+  """Sphinx's `autodoc-process-docstring`; runs before napoleon."""
+  del app, what, name, obj, options
+  lines[:] = convert(lines)
+
+
+def convert(lines: list[str]) -> list[str]:
+  """The lines of a docstring, converted."""
+  out: list[str] = []
+  text: list[str] = []
+
+  def flush():
+    out.extend(_inline("\n".join(text)).split("\n") if text else [])
+    text.clear()
+
+  section = literal = doctest = False
+  before = ""
+  for line in lines:
+    indent = len(line) - len(line.lstrip())
+    if line.strip() and not indent:
+      section, literal = bool(_SECTION.match(line)), False
+    if line.lstrip().startswith(">>>"):
+      doctest = True
+    elif not line.strip():
+      doctest = False
+    begins = indent and not before.strip() and not section and not literal
+    if line.strip() and begins and not doctest:
+      flush()
+      out.extend([".. code-block:: text", ""])
+      literal = True
+    if doctest or literal:
+      flush()
+      out.append(line)
+    else:
+      text.append(line)
+    before = line
+  flush()
+  return out
+
+
+def _inline(text: str) -> str:
+  parts = _SPAN.split(text)
+  out = ""
+  for i, part in enumerate(parts):
+    if i % 2 == 0:
+      out += _MEANS.sub(r"\\\g<0>", part)
+      continue
+    inner = part.strip("`")
+    role = _NAME.match(inner) and not part.startswith("``")
+    if out and out[-1].isalnum():
+      out += "\\ "
+    out += f":py:obj:`{_target(inner)}`" if role else f"``{inner}``"
+    if i + 1 < len(parts) and parts[i + 1][:1].isalnum():
+      out += "\\ "
+  return out
+
+
+def _target(name: str) -> str:
+  """A class of another module, or a re-export, by the name it is defined by."""
+  full = _places().get(name)
+  return f"~{full}" if full else name
+
+
+@functools.cache
+def _places() -> dict[str, str]:
+  """Names that say enough by themselves, and where they are defined."""
+  found: dict[str, list[str]] = {}
+  for module in modules():
+    for name in module.definitions():
+      if name[0].isupper():
+        found.setdefault(name, []).append(f"{module.full}.{name}")
+    for name, home in module.exported().items():
+      found.setdefault(f"{module.full}.{name}", []).append(f"{home}.{name}")
+  return {name: full[0] for name, full in found.items() if len(full) == 1}
