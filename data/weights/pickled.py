@@ -1,0 +1,293 @@
+"""Pickles of tensors, interpreted without running anything.
+
+A pickle is a program for a stack machine. `pickletools` cuts it into opcodes;
+here those that build containers, numbers and strings are carried out, and of
+those that call something, the few calls that PyTorch writes for tensors. No
+name is ever looked up, so no code of the file's choosing can run.
+
+Reference: https://docs.python.org/3/library/pickletools.html
+"""
+
+import dataclasses
+import pathlib
+import pickletools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from isthmus.data.weights.file import WeightsError, quote
+
+_MOST_OPCODES = 1 << 19  # about a second
+_LARGEST_KEY = 1 << 60  # integers from 2^61 - 1 may be chosen to collide
+_ORDERED = "collections.OrderedDict"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_PARAMETER = "torch._utils._rebuild_parameter"
+
+# Storage class of torch -> element type as numpy or ml_dtypes call it.
+STORAGES = {
+  "torch.FloatStorage": "float32",
+  "torch.DoubleStorage": "float64",
+  "torch.HalfStorage": "float16",
+  "torch.BFloat16Storage": "bfloat16",
+  "torch.LongStorage": "int64",
+  "torch.IntStorage": "int32",
+  "torch.ShortStorage": "int16",
+  "torch.CharStorage": "int8",
+  "torch.ByteStorage": "uint8",
+  "torch.BoolStorage": "bool",
+}
+_KNOWN = {_ORDERED, _TENSOR, _PARAMETER, *STORAGES}
+
+# Opcodes that push their argument. Those of protocol 0, written as text, are
+# left out: PyTorch has always asked for 2 or more.
+_VALUES = {
+  *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+  *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+  *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+  # Python 2 wrote these; pickletools reads them as text.
+  *("BINSTRING", "SHORT_BINSTRING"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, Callable[[], Any]] = {
+  "EMPTY_DICT": dict,
+  "EMPTY_LIST": list,
+  "EMPTY_TUPLE": tuple,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_NOTHING = {"PROTO", "FRAME"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+  """The name of a class or function; never the thing itself."""
+
+  name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """A block of elements that tensors are views of."""
+
+  key: str
+  dtype: str
+  length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A tensor: elements of a storage, by offset, shape and strides."""
+
+  storage: Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+class _Mark:
+  """What MARK leaves on the stack."""
+
+
+def interpret(path: pathlib.Path, program: bytes) -> tuple[Any, int]:
+  """What a pickle describes.
+
+  Args:
+    path: named in errors.
+    program: bytes that begin with a pickle.
+
+  Returns:
+    (value, size): dicts, lists, tuples, numbers, strings, None and `View`s;
+    and the bytes that the pickle took.
+
+  Raises:
+    WeightsError: it is damaged, too long, or names anything but tensors.
+  """
+  machine = _Machine(path)
+  number = at = 0
+  try:
+    for opcode, argument, at in pickletools.genops(program):
+      number += 1
+      if number > _MOST_OPCODES:
+        machine.fail(f"a pickle of more than {_MOST_OPCODES} opcodes")
+      if opcode.name == "STOP":
+        return machine.result(), (at or 0) + 1
+      machine.step(opcode.name, argument)
+  except WeightsError:
+    raise
+  except (ValueError, IndexError, OverflowError) as error:
+    reason = quote(str(error))
+    raise WeightsError(
+      f"{path}: a damaged pickle, near its byte {at}: {reason}"
+    ) from None
+  machine.fail("a pickle without an end")
+
+
+class _Machine:
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._stack: list[Any] = []
+    self._memo: dict[int, Any] = {}
+
+  def fail(self, reason: str) -> NoReturn:
+    raise WeightsError(f"{self._path}: {reason}")
+
+  def result(self) -> Any:
+    if len(self._stack) != 1:
+      self.fail(f"a pickle that ends with {len(self._stack)} values, not 1")
+    return self._pop()
+
+  def step(self, name: str, argument: Any) -> None:
+    """Carries out an opcode, or refuses it."""
+    if name in _VALUES:
+      self._stack.append(argument)
+    elif name in ("BINPUT", "LONG_BINPUT"):
+      self._memo[argument] = self._top()
+    elif name == "MEMOIZE":
+      self._memo[len(self._memo)] = self._top()
+    elif name in ("BINGET", "LONG_BINGET"):
+      if argument not in self._memo:
+        self.fail(f"a pickle that asks for memo {argument}, never set")
+      self._stack.append(self._memo[argument])
+    elif name == "MARK":
+      self._stack.append(_Mark)
+    elif name in _CONSTANTS:
+      self._stack.append(_CONSTANTS[name])
+    elif name in _EMPTY:
+      self._stack.append(_EMPTY[name]())
+    elif name in _TUPLES:
+      values = [self._pop() for _ in range(_TUPLES[name])]
+      self._stack.append(tuple(reversed(values)))
+    elif name == "TUPLE":
+      self._stack.append(tuple(self._since_mark()))
+    elif name in ("APPEND", "APPENDS"):
+      values = [self._pop()] if name == "APPEND" else self._since_mark()
+      self._expect(list, name).extend(values)
+    elif name in ("SETITEM", "SETITEMS"):
+      if name == "SETITEM":
+        values = [self._pop(), self._pop()][::-1]
+      else:
+        values = self._since_mark()
+      self._set(self._expect(dict, name), values)
+    elif name == "GLOBAL":
+      self._name(*argument.split(" ", 1))
+    elif name == "STACK_GLOBAL":
+      attribute, module = self._pop(), self._pop()
+      self._name(module, attribute)
+    elif name == "BINPERSID":
+      self._stack.append(self._storage(self._pop()))
+    elif name == "REDUCE":
+      arguments, function = self._pop(), self._pop()
+      self._stack.append(self._call(function, arguments))
+    elif name == "BUILD":
+      self._build(self._pop())
+    elif name not in _NOTHING:
+      self.fail(f"a pickle with the opcode {name}; only tensors are read")
+
+  def _top(self) -> Any:
+    if not self._stack or self._stack[-1] is _Mark:
+      self.fail("a pickle that takes a value from an empty stack")
+    return self._stack[-1]
+
+  def _pop(self) -> Any:
+    value = self._top()
+    self._stack.pop()
+    return value
+
+  def _since_mark(self) -> list[Any]:
+    values = []
+    while self._stack and self._stack[-1] is not _Mark:
+      values.append(self._stack.pop())
+    if not self._stack:
+      self.fail("a pickle that misses a mark")
+    self._stack.pop()
+    return values[::-1]
+
+  def _expect(self, kind: type, name: str) -> Any:
+    value = self._top()
+    if type(value) is not kind:
+      self.fail(f"a pickle with {name} on a {type(value).__name__}")
+    return value
+
+  def _set(self, target: dict[Any, Any], values: list[Any]) -> None:
+    if len(values) % 2:
+      self.fail("a pickle with a key that has no value")
+    for key, value in zip(values[::2], values[1::2], strict=True):
+      whole = type(key) is int and abs(key) < _LARGEST_KEY
+      if type(key) is not str and not whole:
+        self.fail(f"a key of the type {type(key).__name__}, {quote(key)}")
+      if key in target:
+        self.fail(f"the key {quote(key)} comes twice")
+      target[key] = value
+
+  def _name(self, module: Any, attribute: Any) -> None:
+    name = f"{module}.{attribute}"
+    if name not in _KNOWN:
+      self.fail(f"the pickle names {quote(name)[1:-1]}; only tensors are read")
+    self._stack.append(Global(name))
+
+  def _storage(self, saved: Any) -> Storage:
+    """Of `("storage", class, key, device, elements[, view])`."""
+    match saved:
+      case ("storage", Global(name), str(key), str(), int(length), *view) if (
+        name in STORAGES and length >= 0 and view in ([], [None])
+      ):
+        return Storage(key, STORAGES[name], length)
+    self.fail(f"a storage that is not understood: {quote(saved)}")
+
+  def _call(self, function: Any, arguments: Any) -> Any:
+    name = function.name if isinstance(function, Global) else quote(function)
+    match name, arguments:
+      case "collections.OrderedDict", ():
+        return {}
+      case "collections.OrderedDict", (list(pairs),):
+        found: dict[Any, Any] = {}
+        for pair in pairs:
+          if type(pair) not in (list, tuple) or len(pair) != 2:
+            self.fail(f"an OrderedDict of {quote(pair)}")
+          self._set(found, list(pair))
+        return found
+      case "torch._utils._rebuild_parameter", (View() as view, bool(), {}) if (
+        not arguments[2]
+      ):
+        return view
+      case "torch._utils._rebuild_tensor_v2", (
+        Storage() as storage,
+        int(offset),
+        tuple(shape),
+        tuple(strides),
+        bool(),
+        *rest,
+      ) if not any(rest):  # hooks, and flags such as "conjugated"
+        return self._view(storage, offset, shape, strides)
+    self.fail(f"a call of {name} that is not understood; only tensors are read")
+
+  def _view(
+    self, storage: Storage, offset: int, shape: Any, strides: Any
+  ) -> View:
+    """A tensor whose every element lies in its storage."""
+    sizes = (offset, *shape, *strides)
+    whole = all(type(n) is int and n >= 0 for n in sizes)
+    if not whole or len(shape) != len(strides) or len(shape) > 32:
+      self.fail(
+        f"a tensor at {quote(offset)} with the shape {quote(shape)} and the"
+        f" strides {quote(strides)}"
+      )
+    elements, last = 1, offset
+    for n, stride in zip(shape, strides, strict=True):
+      elements *= max(n, 1)
+      last += (max(n, 1) - 1) * stride
+    end = last + 1 if 0 not in shape else offset
+    # A stride of 0 would repeat one element without end.
+    if max(end, elements) > storage.length:
+      if 0 not in shape or end > storage.length or elements > 1 << 48:
+        self.fail(
+          f"a tensor of shape {quote(shape)} reaches element {end} of a"
+          f" storage of {storage.length}"
+        )
+    return View(storage, offset, tuple(shape), tuple(strides))
+
+  def _build(self, state: Any) -> None:
+    """Attributes: PyTorch gives its OrderedDicts versions of modules."""
+    target = self._top()
+    if type(target) is not dict or type(state) is not dict:
+      self.fail(f"a pickle with BUILD on a {type(target).__name__}")
+    if set(state) - {"_metadata"}:
+      self.fail(f"attributes {quote(sorted(map(str, state)))} of a dict")
