@@ -1,0 +1,95 @@
+"""Every block in the common suite; a new block is one entry."""
+
+import jax
+import pytest
+
+from isthmus.nets import (
+  Attention,
+  Block,
+  Decoder,
+  GatedMlp,
+  Mlp,
+  RMSNorm,
+  Stack,
+)
+from isthmus.train.mesh import P
+from tests.nets import suite
+from tests.nets.suite import Entry
+
+MLP = (
+  (r"(gate|up)/kernel$", P(None, "model")),
+  (r"down/kernel$", P("model", None)),
+)
+ATTENTION = (
+  (r"(q|k|v)/kernel$", P(None, "model")),
+  (r"o/kernel$", P("model", None)),
+)
+
+
+def _attention(dtype):
+  return Attention(4, 2, 8, dtype=dtype, parent=None)
+
+
+def _block(dtype, dropout=0.0):
+  mlp = GatedMlp(48, dtype=dtype, parent=None)
+  return Block(_attention(dtype), mlp, dropout=dropout, parent=None)
+
+
+def _stack(scan, dtype, dropout=0.0):
+  return Stack(_block(dtype, dropout), 2, scan=scan)
+
+
+def _decoder(dtype, dropout=0.0):
+  return Decoder(
+    vocab_size=40,
+    width=32,
+    depth=2,
+    num_heads=4,
+    num_kv_heads=2,
+    dtype=dtype,
+    dropout=dropout,
+  )
+
+
+def _tokens(key):
+  return jax.random.randint(key, (8, 6), 0, 40)
+
+
+BLOCKS = [
+  Entry(name="rms_norm", build=lambda dtype: RMSNorm(), train=False),
+  Entry(name="mlp", build=lambda dtype: Mlp(48, dtype=dtype), rules=MLP),
+  Entry(
+    name="gated_mlp",
+    build=lambda dtype: GatedMlp(48, dtype=dtype),
+    rules=MLP,
+  ),
+  Entry(name="attention", build=_attention, rules=ATTENTION),
+  Entry(name="block", build=_block, rules=ATTENTION + MLP, dropout=True),
+  Entry(
+    name="stack",
+    build=lambda **kw: _stack(True, **kw),
+    rules=ATTENTION + MLP,
+    dropout=True,
+  ),
+  Entry(
+    name="stack_unrolled",
+    build=lambda **kw: _stack(False, **kw),
+    rules=ATTENTION + MLP,
+    dropout=True,
+  ),
+  Entry(
+    name="decoder",
+    build=_decoder,
+    inputs=_tokens,
+    output=(8, 6, 40),
+    wide=True,
+    rules=ATTENTION + MLP,
+    dropout=True,
+  ),
+]
+
+
+@pytest.mark.parametrize("assertion", suite.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.name)
+def test_block(block, assertion):
+  assertion(block)
