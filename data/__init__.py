@@ -11,7 +11,8 @@ else:
   from isthmus.data.image import ImageFolder
   from isthmus.data.library import PythonLibrary
   from isthmus.data.loader import Loader
-  from isthmus.data.mnist import Mnist5k
+  from isthmus.data.mnist import FashionMnist, Mnist5k
+  from isthmus.data.npz import Npz
   from isthmus.data.permutation import permute
   from isthmus.data.source import Arrays, ArraySource, Dataset, Source
   from isthmus.data.text import Text, TextFiles
@@ -25,9 +26,11 @@ else:
     "Bytes",
     "Dataset",
     "Digits",
+    "FashionMnist",
     "ImageFolder",
     "Loader",
     "Mnist5k",
+    "Npz",
     "PythonLibrary",
     "Source",
     "Text",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.data.archive import unpacked
 from isthmus.data.source import Example, check_split
 from isthmus.data.text import check_fraction, is_held_out
 
@@ -24,18 +25,23 @@ class ImageFolder:
   shorter side is scaled to `size`, the longer one cropped about its centre.
 
   Args:
-    path: folder of the class folders.
+    path: folder of the class folders, or a .zip or .tar (.gz, .bz2, .xz) of
+      it. An archive is unpacked once into the cache, by its hash; if all in
+      it lies in one folder of folders, that one is meant.
     size: height and width, in pixels.
     channels: 3 for RGB or 1 for grey.
     eval_fraction: share of the images that is held out, by a hash of their
       names.
-    eval_path: a folder with the same classes that holds the eval split
-      instead; eval_fraction is then not used.
+    eval_path: a folder or archive with the same classes that holds the eval
+      split instead; eval_fraction is then not used.
+    max_bytes: the most that an archive may unpack to.
+    max_files: the most files and folders in an archive.
 
   Raises:
     ValueError: size < 1, channels other than 1 and 3, eval_fraction outside
       [0, 1]; when opened, links out of the folder, or eval classes that the
-      training folder lacks; when read, a file that is not a whole image.
+      training folder lacks, or an archive that is damaged or refused (see
+      archive.extract); when read, a file that is not a whole image.
     FileNotFoundError: when opened, no such folder, or no image in it.
     ImportError: when opened, where pillow is missing.
   """
@@ -46,6 +52,8 @@ class ImageFolder:
   channels: int = 3
   eval_fraction: float = 0.1
   eval_path: str | os.PathLike | None = None
+  max_bytes: int = 2**35
+  max_files: int = 2**21
 
   def __post_init__(self):
     if self.size < 1:
@@ -57,36 +65,50 @@ class ImageFolder:
   @property
   def classes(self) -> tuple[str, ...]:
     """Names of the classes in order of their labels; reads the folder."""
-    return tuple(sorted(p.name for p in _folders(self.path)))
+    return tuple(sorted(p.name for p in _folders(self._folder(self.path))))
 
   def open(self, split: str) -> "ImageSource":
     check_split(split)
     _pillow()
     held_out = split == "eval"
     separate = self.eval_path is not None
-    root = self.eval_path if separate and held_out else self.path
+    given = self.eval_path if separate and held_out else self.path
+    assert given is not None
+    root = self._folder(given)
     labels = {name: i for i, name in enumerate(self.classes)}
     files = []
     for name in _images(root):
       folder = name.split("/", 1)[0]
       if folder not in labels:
         raise ValueError(
-          f"class {folder!r} of {os.fspath(root)!r} is not among the"
+          f"class {folder!r} of {os.fspath(given)!r} is not among the"
           f" {len(labels)} of {os.fspath(self.path)!r}"
         )
       if separate or is_held_out(name, self.eval_fraction) == held_out:
         files.append((name, labels[folder]))
     if not files:
       raise FileNotFoundError(
-        f"split {split!r} has 0 images of {os.fspath(root)!r}; set eval_path,"
+        f"split {split!r} has 0 images of {os.fspath(given)!r}; set eval_path,"
         f" or another eval_fraction than {self.eval_fraction}"
       )
     return ImageSource(
-      pathlib.Path(root).expanduser(),
+      root,
       tuple(files),
       size=self.size,
       channels=self.channels,
     )
+
+  def _folder(self, path: str | os.PathLike) -> pathlib.Path:
+    """The folder of the classes, unpacked if it is an archive."""
+    root = pathlib.Path(path).expanduser()
+    if not root.is_file():
+      return root
+    root = unpacked(root, max_bytes=self.max_bytes, max_files=self.max_files)
+    while True:
+      inner = list(root.iterdir())
+      if len(inner) != 1 or not any(p.is_dir() for p in inner[0].glob("*")):
+        return root
+      root = inner[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

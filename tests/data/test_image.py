@@ -1,5 +1,6 @@
 """Image folders: labels, crops, splits, and files that are not images."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -90,6 +91,31 @@ def test_separate_eval_folder_keeps_the_training_labels(folder, tmp_path):
   save(tmp_path / "held" / "fox" / "0.png", flat)
   with pytest.raises(ValueError, match="class 'fox'.*2"):
     data.open("eval")
+
+
+@pytest.mark.parametrize("form", ["zip", "gztar"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_archive_is_read_like_its_folder(
+  folder, tmp_path, monkeypatch, form, wrapped
+):
+  monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+  base = {"base_dir": folder.name} if wrapped else {}
+  root = folder.parent if wrapped else folder
+  path = shutil.make_archive(str(tmp_path / "packed"), form, root, **base)
+  packed = ImageFolder(path, size=8)
+  plain = ImageFolder(folder, size=8)
+  assert packed.classes == plain.classes
+  for split in ("train", "eval"):
+    sources = plain.open(split), packed.open(split)
+    assert sources[0].files == sources[1].files
+    for i in range(len(sources[0])):
+      pair = [source[i]["image"] for source in sources]
+      np.testing.assert_array_equal(*pair)
+  assert len(list((tmp_path / "cache" / "archives").iterdir())) == 2
+  tight = ImageFolder(path, size=8, max_files=10)
+  monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "other"))
+  with pytest.raises(ValueError, match="packed.*more than max_files of 10"):
+    tight.open("train")
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty"])

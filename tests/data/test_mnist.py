@@ -1,13 +1,15 @@
-"""MNIST-5k: splits, values, one read, and a damaged file."""
+"""MNIST-5k and Fashion-MNIST: splits, values, and damaged files."""
 
 import gzip
+import pathlib
+import struct
 import sys
 
 import numpy as np
 import pytest
 
 from isthmus.data import mnist
-from isthmus.data.mnist import Mnist5k
+from isthmus.data.mnist import FashionMnist, Mnist5k
 from isthmus.data.package import package_file
 
 
@@ -78,3 +80,67 @@ def test_missing_package_names_the_extra(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ImportError, match=r"pip install 'isthmus\[data\]'"):
     Mnist5k().open("train")
+
+
+def write_idx(path, array):
+  header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+  path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+  """A small set in Fashion-MNIST's form."""
+  for stem, n in (("train", 20), ("t10k", 10)):
+    images = np.arange(n * 784).reshape(n, 28, 28).astype(np.uint8)
+    write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", images)
+    labels = (np.arange(n) % 10).astype(np.uint8)
+    write_idx(tmp_path / f"{stem}-labels-idx1-ubyte.gz", labels)
+  return tmp_path
+
+
+def test_fashion_mnist_of_a_folder(fashion):
+  train, held = (FashionMnist(fashion).open(s) for s in ("train", "eval"))
+  assert (len(train), len(held)) == (20, 10)
+  example = train[3]
+  raw = np.arange(3 * 784, 4 * 784).astype(np.uint8).reshape(28, 28, 1)
+  np.testing.assert_array_equal(example["image"], np.float32(raw) / 255)
+  assert example["image"].dtype == np.float32
+  assert example["label"].dtype == np.int32
+  assert example["label"] == 3 and len(FashionMnist.classes) == 10
+  # Unpacked by hand, the files serve as well.
+  for path in fashion.glob("*.gz"):
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+  again = FashionMnist(fashion).open("train")
+  np.testing.assert_array_equal(again.images, train.images)
+
+
+def test_fashion_mnist_names_what_does_not_fit(fashion):
+  labels = fashion / "t10k-labels-idx1-ubyte.gz"
+  write_idx(labels, np.zeros(9, np.uint8))
+  with pytest.raises(ValueError, match=r"labels.*\(9,\) for 10 images"):
+    FashionMnist(fashion).open("eval")
+  write_idx(labels, np.full(10, 11, np.uint8))
+  with pytest.raises(ValueError, match="labels.*label 11"):
+    FashionMnist(fashion).open("eval")
+  labels.unlink()
+  with pytest.raises(FileNotFoundError, match="t10k-labels.*apt-get.*path="):
+    FashionMnist(fashion).open("eval")
+  write_idx(fashion / "train-images-idx3-ubyte.gz", np.zeros((2, 3), np.uint8))
+  with pytest.raises(ValueError, match=r"train-images.*\(2, 3\), not uint8"):
+    FashionMnist(fashion).open("train")
+
+
+@pytest.mark.skipif(
+  not pathlib.Path(mnist._FASHION).is_dir(),
+  reason="apt-get install dataset-fashion-mnist",
+)
+def test_the_real_fashion_mnist():
+  held = FashionMnist().open("eval")
+  assert np.bincount(held.labels).tolist() == [1000] * 10
+  # Sneakers, 7, are flatter than trousers, 1: the labels are the images'.
+  rows = [
+    (held.take(np.flatnonzero(held.labels == c))["image"] > 0.1).any(2).mean()
+    for c in (7, 1)
+  ]
+  assert rows[0] < 0.6 < 0.9 < rows[1]
