@@ -15,8 +15,14 @@ else:
     ResidualMlp,
   )
   from isthmus.nets.norm import RMSNorm
+  from isthmus.nets.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    rope,
+    rotation,
+  )
   from isthmus.nets.stack import Stack, stack_layers, unstack_layers
-  from isthmus.nets.transformer import Attention, Block, Decoder, rope, rotation
+  from isthmus.nets.transformer import Attention, Block, Decoder
 
   __version__ = version("isthmus")
   __all__ = [
@@ -25,6 +31,8 @@ else:
     "Decoder",
     "GatedMlp",
     "HourglassMlp",
+    "LinearScaling",
+    "Llama3Scaling",
     "Mlp",
     "MlpBlock",
     "RMSNorm",

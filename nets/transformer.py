@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,48 +12,8 @@ from isthmus.attention.sdpa import attention, save_attention
 from isthmus.nets.mlp import GatedMlp, fan_in
 from isthmus.nets.norm import RMSNorm
 from isthmus.nets.ops import embed_lookup, project
+from isthmus.nets.rotary import RopeScaling, Rotation, rope, rotation
 from isthmus.nets.stack import Stack, check_stack
-from isthmus.pallas.precision import accumulator
-
-Rotation = tuple[jax.Array, jax.Array]
-
-
-def rotation(
-  positions: Int[Array, "#b t"], *, head_dim: int, theta: float = 1e4
-) -> Rotation:
-  """cos and sin of `p theta^(-2i/d)`, each float32 [b|1, t, d/2].
-
-  Args:
-    positions: p, in tokens.
-    head_dim: d; even.
-    theta: longest wavelength over 2 pi, about.
-
-  Reference: https://arxiv.org/abs/2104.09864
-  """
-  if head_dim % 2:
-    raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
-  powers = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions[..., None].astype(jnp.float32) * theta**-powers
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rope(x: Float[Array, "b t n d"], turn: Rotation) -> Float[Array, "b t n d"]:
-  """Turns each pair (x_i, x_{i + d/2}) by its position's angle.
-
-  Args:
-    x: queries or keys, any heads.
-    turn: from `rotation`.
-
-  Returns:
-    The turned heads, of x's dtype; products of two depend on the difference
-    of their positions only.
-  """
-  cos, sin = (a[:, :, None, :] for a in turn)
-  wide = accumulator(x.dtype)
-  cos, sin = cos.astype(wide), sin.astype(wide)
-  a, b = jnp.split(x.astype(wide), 2, axis=-1)
-  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return turned.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -206,6 +165,8 @@ class Decoder(nn.Module):
     head_dim: d; default width / num_heads.
     hidden: f, inner width of the SwiGLU; default 8 m / 3 rounded up to 64.
     rope_theta: base of the rotary wavelengths.
+    rope_scaling: slows rotations down, for contexts longer than those of
+      training: `LinearScaling` or `Llama3Scaling` of `isthmus.nets.rotary`.
     tied: the head's kernel is the token table.
     dropout: rate on the embedding and on what each layer adds, in training.
     logits_softcap: bounds logits to (-c, c) by `c tanh(x / c)`.
@@ -219,6 +180,7 @@ class Decoder(nn.Module):
     ValueError: sizes that don't fit, at construction.
 
   Example:
+    >>> import jax
     >>> model = Decoder(vocab_size=64, width=32, depth=2, num_heads=4)
     >>> tokens = jnp.zeros((1, 8), jnp.int32)
     >>> variables = model.init(jax.random.key(0), tokens)
@@ -235,6 +197,7 @@ class Decoder(nn.Module):
   head_dim: int | None = None
   hidden: int | None = None
   rope_theta: float = 1e4
+  rope_scaling: RopeScaling | None = None
   tied: bool = True
   dropout: float = 0.0
   logits_softcap: float | None = None
@@ -332,10 +295,13 @@ class Decoder(nn.Module):
       start = 0 if cache is None else cache.length[0]
       positions = (start + jnp.arange(t, dtype=jnp.int32))[None]
     _, _, head_dim, _ = self.sizes
-    shared = {
-      "turn": rotation(positions, head_dim=head_dim, theta=self.rope_theta),
-      "train": train,
-    }
+    turn = rotation(
+      positions,
+      head_dim=head_dim,
+      theta=self.rope_theta,
+      scaling=self.rope_scaling,
+    )
+    shared = {"turn": turn, "train": train}
     layers = {}
     if cache is not None:
       shared["positions"] = positions.astype(jnp.int32)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from isthmus.attention import attention
-from isthmus.nets import Attention, Decoder, rope, rotation, unstack_layers
+from isthmus.nets import Attention, Decoder, LinearScaling, unstack_layers
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 40)
 SIZES = {"vocab_size": 40, "width": 32, "depth": 3, "num_heads": 4}
@@ -141,6 +141,18 @@ def written_out(params):
     x = x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
   hidden = norm(x, p["norm"])
   return hidden, 2 * jnp.tanh(hidden @ p["head"]["kernel"] / 2)
+
+
+def test_rope_scaling_reaches_queries_and_keys():
+  """Four times slower, and four times further, is the same."""
+  model, variables = shared()
+  far = {"positions": 4 * jnp.arange(12)[None]}
+  plain, _ = model.apply(variables, TOKENS)
+  slow = model.copy(rope_scaling=LinearScaling(4.0))
+  same, _ = slow.apply(variables, TOKENS, **far)
+  np.testing.assert_allclose(same, plain, atol=2e-5)
+  other, _ = model.apply(variables, TOKENS, **far)
+  assert np.abs(other - plain).max() > 1e-3
 
 
 def test_no_token_sees_a_later_one():
@@ -281,22 +293,6 @@ def test_learns():
     params, state, value = step(params, state)
     values.append(float(value))
   assert values[0] > 1.5 and values[-1] < 0.05
-
-
-def test_rope_depends_on_differences_only():
-  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
-
-  def product(i, j, theta=100.0):
-    at = functools.partial(rotation, head_dim=16, theta=theta)
-    a, b = rope(q, at(jnp.full((1, 1), i))), rope(k, at(jnp.full((1, 1), j)))
-    return float((a * b).sum())
-
-  np.testing.assert_allclose(product(3, 7), product(103, 107), rtol=1e-4)
-  np.testing.assert_allclose(product(0, 0), float((q * k).sum()), rtol=1e-5)
-  assert abs(product(3, 7) - product(3, 8)) > 1e-3
-  assert abs(product(3, 7) - product(3, 7, theta=10.0)) > 1e-3
-  with pytest.raises(ValueError, match="not 7"):
-    rotation(jnp.zeros((1, 1), jnp.int32), head_dim=7)
 
 
 @pytest.mark.parametrize(
