@@ -59,8 +59,14 @@ class NextToken:
     batch: Batch,
     key: PRNGKeyArray,
   ) -> tuple[Float[Array, ""], Aux]:
-    logits, _ = self._logits(
-      model, params, mutables, batch, train=True, rngs={"dropout": key}
+    (logits, _), new = self._logits(
+      model,
+      params,
+      mutables,
+      batch,
+      train=True,
+      rngs={"dropout": key},
+      mutable=list(mutables),
     )
     weights = batch["weights"].astype(jnp.float32)
     nats = cross_entropy(logits, batch["tokens"][:, 1:])
@@ -72,7 +78,8 @@ class NextToken:
       penalty = self.z_loss * jnp.sum(jnp.square(z) * weights) / total
       metrics["z_loss"] = penalty
       loss = loss + penalty
-    return loss, Aux(weight=weights.sum(), metrics=metrics, mutables=mutables)
+    aux = Aux(weight=weights.sum(), metrics=metrics, mutables=dict(new))
+    return loss, aux
 
   def evaluate(
     self, model: nn.Module, params: Any, mutables: dict[str, Any], batch: Batch

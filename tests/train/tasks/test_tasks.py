@@ -1,0 +1,89 @@
+"""Every task in the common suite; a new task is one entry."""
+
+import flax.linen as nn
+import numpy as np
+import pytest
+
+from isthmus.train.tasks.classify import Classify
+from isthmus.train.tasks.lm import NextToken
+from tests.train.tasks import suite
+from tests.train.tasks.suite import Entry
+
+
+class Net(nn.Module):
+  """A perceptron that may drop and keep running statistics."""
+
+  outputs: int
+  dropout: float = 0.0
+  statistics: bool = False
+
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    x = nn.tanh(nn.Dense(16, name="up")(x))
+    if self.statistics:
+      x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return nn.Dense(self.outputs, name="head")(x)
+
+  def flops_per_row(self, shape):
+    return 6 * 16 * (shape[-1] + self.outputs)
+
+
+class Bigram(nn.Module):
+  """Logits of the token after each, from that token alone."""
+
+  dropout: float = 0.0
+  statistics: bool = False
+
+  @nn.compact
+  def __call__(self, tokens, *, segment_ids=None, train=False):
+    x = nn.Embed(11, 8, name="embed")(tokens)
+    net = Net(11, self.dropout, self.statistics, name="net")
+    return net(x, train=train), {}
+
+
+def _images(rows):
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, 4, rows).astype(np.int32)
+  image = rng.normal(size=(rows, 6)) + label[:, None]
+  return {"image": image.astype(np.float32), "label": label}
+
+
+def _classifier(**kwargs):
+  return Net(4, **kwargs)
+
+
+def _text(rows):
+  """Rows that weigh differently, and one that weighs nothing."""
+  rng = np.random.default_rng(0)
+  weights = rng.random((rows, 8)) < np.linspace(0, 1, rows)[:, None]
+  return {
+    "tokens": rng.integers(0, 11, (rows, 9)).astype(np.int32),
+    "segment_ids": np.zeros((rows, 9), np.int32),
+    "weights": weights.astype(np.float32),
+    "num_bytes": np.arange(1, rows + 1, dtype=np.int32),
+  }
+
+
+TASKS = [
+  Entry(name="classify", task=Classify(), model=_classifier, batch=_images),
+  Entry(
+    name="classify, smoothed",
+    task=Classify(smoothing=0.1),
+    model=_classifier,
+    batch=_images,
+  ),
+  Entry(name="next token", task=NextToken(), model=Bigram, batch=_text),
+  Entry(
+    name="next token, z loss",
+    task=NextToken(z_loss=1e-2, segments=False),
+    model=Bigram,
+    batch=_text,
+  ),
+]
+
+
+@pytest.mark.parametrize("assertion", suite.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
+def test_task(task, assertion):
+  assertion(task)
