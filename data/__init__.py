@@ -18,11 +18,13 @@ else:
   from isthmus.data.text import Text, TextFiles
   from isthmus.data.tfds import Tfds
   from isthmus.data.tokenizer import Bytes, Tokenizer
+  from isthmus.data.volume import BrainVolume, NiftiFolder
 
   __version__ = version("isthmus")
   __all__ = [
     "ArraySource",
     "Arrays",
+    "BrainVolume",
     "Bytes",
     "Dataset",
     "Digits",
@@ -30,6 +32,7 @@ else:
     "ImageFolder",
     "Loader",
     "Mnist5k",
+    "NiftiFolder",
     "Npz",
     "PythonLibrary",
     "Source",
