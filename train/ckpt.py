@@ -24,6 +24,7 @@ from isthmus.train.manifest import DamageError
 from isthmus.train.steps import CheckpointError
 
 __all__ = ["CheckpointError", "Checkpointer", "restore_params"]
+_PATIENCE = 10.0  # seconds that a failing process waits for the others' writes
 
 
 class Checkpointer:
@@ -83,8 +84,8 @@ class Checkpointer:
       self.close()
     elif self._thread is not None:
       # An error is on its way: finish the write, but don't talk over it, and
-      # don't wait for processes that may not have had that error.
-      self._thread.join()
+      # don't wait for processes that may not have had that error, or are gone.
+      self._thread.join(None if jax.process_count() == 1 else _PATIENCE)
       self._thread = None
       error, self._error = self._error, None
       if error is not None:
@@ -130,6 +131,7 @@ class Checkpointer:
     first = jax.process_index() == 0
     try:
       if first:
+        self.directory.stat()  # Orbax would make a folder that was deleted
         steps.remove(pending)
       response = _write(pending, leaves.nest(stored))
     except Exception as error:
@@ -157,7 +159,10 @@ class Checkpointer:
           for path in self.directory.glob(pending.name + "*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
+    # With several processes it may wait for one that is gone.
+    self._thread = threading.Thread(
+      target=finish, name=f"checkpoint {step}", daemon=jax.process_count() > 1
+    )
     self._thread.start()
     if wait:
       self.wait()
@@ -230,6 +235,12 @@ class Checkpointer:
     return found, _load(self.directory, found, target)
 
   def _failure(self, error: Exception) -> str:
+    if not self.directory.is_dir():
+      return (
+        f"checkpoint {self._step} was not written: {self.directory} was "
+        "deleted or moved under the run; put it back, or run again to start "
+        "anew"
+      )
     return (
       f"checkpoint {self._step} in {self.directory} was not written: "
       f"{_line(error)}; earlier ones are untouched, make room or mend access "

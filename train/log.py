@@ -1,9 +1,11 @@
 """What a run tells: a progress bar, JSONL, TensorBoard, a loss curve."""
 
 import contextlib
+import contextvars
 import json
 import math
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -17,28 +19,75 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from isthmus.train import manifest
+from isthmus.train.board import Board
 from isthmus.train.workdir import WorkdirError
 
 METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+
+
+_quiet = contextvars.ContextVar("quiet", default=False)
 
 
 def say(text: str) -> None:
   """One line for the person at the terminal, on stderr."""
-  print(text, file=sys.stderr, flush=True)
+  if not _quiet.get() or text.startswith("warning"):
+    with contextlib.suppress(OSError):  # a terminal that closed, a pipe's end
+      print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None, None, None]:
+  """Inside it a run shows no bar and says nothing but warnings.
+
+  Example:
+    >>> with quiet():
+    ...   say("one of a hundred runs")
+  """
+  token = _quiet.set(True)
+  try:
+    yield
+  finally:
+    _quiet.reset(token)
 
 
 def read(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """The records of a run's metrics.jsonl; a line cut by a kill is left out."""
+  """The records of a run's metrics.jsonl; what is no record is left out."""
   path = workdir / METRICS
-  if not path.is_file():
-    return
-  for line in path.read_text().splitlines():
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(record, dict):
-      yield record
+  if path.is_file():
+    for line in path.read_bytes().split(b"\n"):
+      record = _parse(line)
+      if record is not None:
+        yield record
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+  """A record: a step, and figures by name, of which some may be null."""
+  try:
+    record = json.loads(line.decode())
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(record, dict) or type(record.get("step")) is not int:
+    return None
+  figures = (v for v in record.values() if v is not None)
+  if not all(_is_figure(v) and math.isfinite(v) for v in figures):
+    return None  # what isn't finite was written as null
+  return record
+
+
+def _is_figure(value: Any) -> bool:
+  """A number that a float holds; JSON's integers have no end."""
+  if isinstance(value, int):
+    return not isinstance(value, bool) and abs(value) < 2**1023
+  return isinstance(value, float)
+
+
+def _set_aside(path: pathlib.Path, what: str) -> None:
+  """Keeps a damaged file under another name, and says so."""
+  kept = path.with_name(path.name + ".damaged")
+  shutil.copyfile(path, kept)
+  say(f"warning: {path}: {what}; the file as it was is kept as {kept.name}")
 
 
 class Writer:
@@ -62,20 +111,22 @@ class Writer:
     if not enabled:
       return
     path = self._path = workdir / METRICS
-    with self._refusing():
-      kept = [r for r in read(workdir) if r.get("step", 0) <= step]
-      part = path.with_suffix(".part")
-      part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-      part.replace(path)
-      self._file = path.open("a")
+    with _refusing(path):
+      if path.exists():
+        # A last line without its end was cut by a kill; others were whole.
+        *lines, _ = path.read_bytes().split(b"\n")
+        bad = sum(bool(x.strip()) and _parse(x) is None for x in lines)
+        if bad:
+          _set_aside(path, f"{bad} of {len(lines)} lines are no records")
+      kept = [r for r in read(workdir) if r["step"] <= step]
+      manifest.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+      self._file = path.open("a", encoding="utf-8")
       try:
-        from tensorboardX import SummaryWriter
+        self._board = Board(
+          workdir / "tensorboard", purge=step + 1 if step else None
+        )
       except ImportError:
         say("TensorBoard files are off: pip install tensorboardX turns them on")
-      else:
-        self._board = SummaryWriter(
-          str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-        )
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = "train"):
     """One record: `{"step": s, "train/loss": x, ...}`."""
@@ -84,27 +135,67 @@ class Writer:
     named = {f"{prefix}/{k}": float(v) for k, v in metrics.items()}
     # JSON has no NaN: a figure that isn't one is null.
     record = {k: v if math.isfinite(v) else None for k, v in named.items()}
-    with self._refusing():
+    with _refusing(self._path):
+      self._path.stat()  # an open file outlives its folder
       self._file.write(json.dumps({"step": step, **record}) + "\n")
       self._file.flush()
-    if self._board is not None:
-      for name, value in named.items():
-        self._board.add_scalar(name, value, step)
+      if self._board is not None:
+        self._board.write(step, named)
 
   def close(self) -> None:
-    if self._file is not None:
-      with contextlib.suppress(OSError):  # said when it was written
-        self._file.close()
-    if self._board is not None:
-      self._board.close()
+    for file in (self._file, self._board):
+      if file is not None:
+        with contextlib.suppress(OSError):  # said when it was written
+          file.close()
 
-  @contextlib.contextmanager
-  def _refusing(self) -> Generator[None, None, None]:
+
+@contextlib.contextmanager
+def _refusing(path: pathlib.Path) -> Generator[None, None, None]:
+  try:
+    yield
+  except OSError as error:
+    raise WorkdirError(refusal(error, path)) from error
+
+
+def refusal(error: OSError, path: Any) -> str:
+  """What went wrong with a file of the run, and what can be done."""
+  where = error.filename2 or error.filename or path
+  if isinstance(error, FileNotFoundError):
+    return (
+      f"{where} is gone: the folder was deleted or moved under the run; put it "
+      "back, or run again to start anew"
+    )
+  return (
+    f"{where}: {error.strerror or error}; the checkpoints are untouched, make "
+    "room or mend access and run again"
+  )
+
+
+def write_results(workdir: pathlib.Path, results: dict[str, float]) -> None:
+  """What a run ends with, as results.json.
+
+  Raises:
+    WorkdirError: it can't be written; an older one is as it was.
+  """
+  path = workdir / RESULTS
+  with _refusing(path):
+    manifest.write_text(path, json.dumps(results, indent=1) + "\n")
+
+
+def read_results(workdir: pathlib.Path) -> dict[str, float]:
+  """The results of a run that has ended; a damaged file is set aside."""
+  path = workdir / RESULTS
+  with _refusing(path):
+    if not path.exists():
+      return {}
     try:
-      yield
-    except OSError as error:
-      where = error.filename2 or error.filename or self._path
-      raise WorkdirError(f"{where}: {error.strerror or error}") from error
+      found = json.loads(path.read_bytes().decode())
+      if isinstance(found, dict) and all(map(_is_figure, found.values())):
+        return found
+    except (ValueError, RecursionError):
+      pass
+    _set_aside(path, "it holds no results, they are made again")
+    return {}
 
 
 class Bar:
@@ -117,6 +208,7 @@ class Bar:
     self._last = -math.inf
     self._first: tuple[int, float] | None = None
     self._progress = None
+    enabled = enabled and not _quiet.get()
     self._enabled = enabled
     self._name = name
     console = Console(stderr=True)
@@ -136,7 +228,8 @@ class Bar:
 
   def update(self, step: int, text: str) -> None:
     if self._progress is not None:
-      self._progress.update(self._row, completed=step, text=text)
+      with contextlib.suppress(OSError):  # its terminal has closed
+        self._progress.update(self._row, completed=step, text=text)
       return
     now = time.monotonic()
     if self._enabled and (step >= self.steps or now - self._last >= 10):
@@ -155,7 +248,8 @@ class Bar:
 
   def close(self) -> None:
     if self._progress is not None:
-      self._progress.stop()
+      with contextlib.suppress(OSError):
+        self._progress.stop()
 
 
 def _clock(seconds: float) -> str:
@@ -177,7 +271,11 @@ def si(value: float) -> str:
 
 
 def plot_losses(workdir: pathlib.Path, title: str) -> pathlib.Path | None:
-  """Draws loss.png from metrics.jsonl: training loss, and evaluations on it."""
+  """Draws loss.png from metrics.jsonl: training loss, and evaluations on it.
+
+  Raises:
+    WorkdirError: it can't be written; an older one is as it was.
+  """
   series: dict[str, list[tuple[int, float]]] = {}
   for record in read(workdir):
     for name in ("train/loss", "eval/loss"):
@@ -201,5 +299,11 @@ def plot_losses(workdir: pathlib.Path, title: str) -> pathlib.Path | None:
   axes.grid(alpha=0.3)
   axes.legend()
   path = workdir / "loss.png"
-  figure.savefig(path, dpi=120)
+  part = path.with_name("loss.part.png")
+  with _refusing(path):
+    try:
+      figure.savefig(part, dpi=120)
+      part.replace(path)
+    finally:
+      part.unlink(missing_ok=True)
   return path

@@ -4,14 +4,10 @@ New behaviour enters through a task, an optimiser, a data set or a report.
 """
 
 import contextlib
-import json
+import errno
 import math
-import os
 import pathlib
-import signal
-import threading
-import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,13 +16,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from isthmus.data.loader import Loader
-from isthmus.train import log, mesh, peak
+from isthmus.train import log, mesh, stop
 from isthmus.train.ckpt import Checkpointer
 from isthmus.train.config import ConfigError
+from isthmus.train.speed import Speed
 from isthmus.train.state import TrainState, make_init, make_step
+from isthmus.train.steps import RunError
+from isthmus.train.workdir import WorkdirError
 
 if TYPE_CHECKING:
   from isthmus.train.jobs import Fit
+
+# What is wrong with a disk, and not with the code that writes to it.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class NonFiniteError(ArithmeticError):
@@ -111,80 +113,27 @@ class Run:
     used = (state.params, state.mutables, state.ema)
     return bool(jax.device_get(self._finite(used)))
 
-  def evaluate(self, state: TrainState) -> dict[str, float]:
-    """The task's metrics over the whole evaluation set, once."""
+  def evaluate(
+    self, state: TrainState, asked: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """The task's metrics over the whole evaluation set, once.
+
+    Args:
+      state: what to evaluate.
+      asked: looked at before each batch; once it is true, None is returned.
+    """
     if self.eval is None:
       return {}
     params = state.params if state.ema is None else state.ema
     total: dict[str, float] = {}
-    for batch in self.eval.once():
-      sums = jax.device_get(self._evaluate(params, state.mutables, batch))
-      for k, v in sums.items():
-        total[k] = total.get(k, 0.0) + float(v)
+    with contextlib.closing(self.eval.once()) as batches:
+      for batch in batches:
+        if asked():
+          return None
+        sums = jax.device_get(self._evaluate(params, state.mutables, batch))
+        for k, v in sums.items():
+          total[k] = total.get(k, 0.0) + float(v)
     return self.job.task.summarize(total)
-
-
-class Speed:
-  """Steps a second of training: compiling, saving, evaluating left out."""
-
-  def __init__(self, run: Run):
-    shapes = {k: v.shape for k, v in run.batch.items()}
-    job = run.job
-    self.unit, self.units, self.flops = job.task.throughput(job.model, shapes)
-    devices = run.mesh.devices.size
-    device = jax.local_devices()[0]
-    self._sheet = peak.datasheet(device)
-    self._ceiling = None if math.isnan(self.flops) else peak.measure(device)
-    self._scale = 1.0 / devices
-    self._mark: tuple[int, float] | None = None
-    self._steps, self._seconds = 0, 0.0
-
-  def tick(self, step: int) -> None:
-    """Step `step` is done."""
-    now = time.perf_counter()
-    if self._mark is not None:
-      self._steps += step - self._mark[0]
-      self._seconds += now - self._mark[1]
-    self._mark = (step, now)
-
-  def pause(self) -> None:
-    """What comes until the next tick isn't training."""
-    self._mark = None
-
-  def take(self) -> tuple[int, float]:
-    """(steps, seconds) so far; a caller keeps them to measure a window."""
-    return self._steps, self._seconds
-
-  def metrics(self, since: tuple[int, float] = (0, 0.0)) -> dict[str, float]:
-    steps, seconds = self._steps - since[0], self._seconds - since[1]
-    if not steps or seconds <= 0:
-      return {}
-    rate = steps / seconds
-    out = {
-      "steps_per_second": rate,
-      f"{self.unit}_per_second": rate * self.units,
-    }
-    if not math.isnan(self.flops):
-      each = rate * self.flops * self._scale
-      out["model_tflops_per_device"] = each / 1e12
-      if self._ceiling:
-        out["mfu_measured"] = each / self._ceiling
-      if self._sheet:
-        out["mfu_datasheet"] = each / self._sheet
-    return out
-
-  def text(self, metrics: dict[str, float]) -> str:
-    rate = metrics.get(f"{self.unit}_per_second")
-    if rate is None:
-      return ""
-    parts = [f"{log.si(rate)} {self.unit}/s"]
-    if "model_tflops_per_device" in metrics:
-      parts.append(f"{metrics['model_tflops_per_device']:.3g} TF/s")
-    for name in ("datasheet", "measured"):
-      if f"mfu_{name}" in metrics:
-        parts.append(f"MFU {metrics[f'mfu_{name}']:.0%} of {name}")
-        break
-    return ", ".join(parts)
 
 
 def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
@@ -198,6 +147,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     ConfigError: settings that don't fit each other, the data or the devices.
     NonFiniteError: a loss, gradient norm or parameter that is no number.
     CheckpointError: no checkpoint of the folder can be trusted.
+    RunError: the disk, the folder or another process was lost on the way.
   """
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
@@ -207,7 +157,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     except (ValueError, FileNotFoundError, ImportError) as error:
       raise ConfigError(" ".join(str(error).split())) from error
     stack.enter_context(jax.set_mesh(run.mesh))
-    stop = stack.enter_context(_stop_requests())
+    asked = stack.enter_context(stop.requests())
 
     # --- state: restored if there is one, else new ---
     ckpt = stack.enter_context(Checkpointer(workdir / "ckpt", keep=job.keep))
@@ -229,6 +179,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     speed = Speed(run)
     trace = _Trace(job.profile, workdir)
     stack.callback(trace.stop)
+    stack.enter_context(_ending())
 
     latest: dict[str, float] = {}
     rates: dict[str, float] = {}
@@ -247,10 +198,14 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
         )
       )
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> bool:
+      """False if it was broken off by a request to stop."""
       nonlocal evaluated
-      evaluated = run.evaluate(state)
-      writer.write(step, evaluated, "eval")
+      found = run.evaluate(state, lambda: asked.asked)
+      if found is not None:
+        evaluated = found
+        writer.write(step, evaluated, "eval")
+      return found is not None
 
     def finish(step: int, metrics: dict[str, jax.Array]) -> None:
       """Fetches a step's metrics, and stops the run if they are no numbers."""
@@ -269,9 +224,22 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       shown = f"loss {latest['loss']:.4f}", speed.text(rates)
       bar.update(step, ", ".join(filter(None, shown)))
 
+    def stopped(step: int) -> dict[str, float]:
+      bar.close()
+      if first:
+        log.say(
+          f"stopped at step {step}, saved; the same command goes on from it"
+          if step
+          else "stopped before the first step; the same command starts it"
+        )
+      return {"step": float(step), "interrupted": 1.0}
+
+    if asked.asked:
+      return stopped(start)
     if start and due(start, job.eval_every, job.steps):
-      if not (ckpt.extra(start) or {}).get("evaluated"):
-        evaluate(start)  # the run was stopped, or its settings were others
+      # The run was stopped before it, or its settings were others.
+      if not (ckpt.extra(start) or {}).get("evaluated") and not evaluate(start):
+        return stopped(start)
 
     # --- train; a step's metrics are fetched when the next one is under way ---
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -287,40 +255,35 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       if pending is not None:
         finish(*pending)
       pending = (done, metrics)
-      halt = stop(done) and done < job.steps
+      halt = asked.at(done) and done < job.steps
       saving = halt or due(done, job.save_every, job.steps)
       evaluating = not halt and due(done, job.eval_every, job.steps)
       if not (saving or evaluating):
         continue
       finish(*pending)  # nothing that isn't known to be finite is saved
       pending = None
-      if saving and not run.finite(state):
+      if not run.finite(state):
         poisoned(f"a parameter is not finite after step {done}")
-      if evaluating:  # first: a step that is saved has its records
-        evaluate(done)
+      if evaluating and not evaluate(done):  # before the save: a step that is
+        evaluating, saving, halt = False, True, True  # saved has its records
       if saving:
         ckpt.save(done, state, extra={"evaluated": evaluating}, wait=halt)
-      speed.pause()
       if halt:
-        break
+        return stopped(done)
+      speed.pause()
     if pending is not None:
       finish(*pending)
 
     # --- the end ---
-    results = {"step": float(done)}
-    if done < job.steps:
-      bar.close()
-      if first:
-        log.say(
-          f"stopped at step {done}, saved; the same command goes on from it"
-        )
-      return {**results, "interrupted": 1.0}
     ckpt.wait()
     bar.close()
     if job.eval_every != 0 and not evaluated:
-      evaluated = run.evaluate(state)
+      again = run.evaluate(state, lambda: asked.asked)
+      if again is None:
+        return stopped(done)
+      evaluated = again
     whole = speed.metrics()
-    results.update(whole)
+    results = {"step": float(done), **whole}
     results.update(
       {f"train/{k}": v for k, v in latest.items() if k not in whole}
     )
@@ -331,15 +294,13 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       params = _gather(params)
     if first:
       if start == done:  # nothing was left to train: what the run had found
-        results = {**_previous(workdir), **results}
+        results = {**log.read_results(workdir), **results}
       if job.report is not None:
         results.update(job.report(job, workdir, params, results))
       picture = log.plot_losses(workdir, workdir.name)
       if picture is not None:
         log.say(f"loss curve: {picture}")
-      (workdir / "results.json").write_text(
-        json.dumps(results, indent=1) + "\n"
-      )
+      log.write_results(workdir, results)
     return results
 
 
@@ -369,42 +330,6 @@ class _Trace:
       log.say(f"profiler trace: {self._path}")
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Generator[Any, None, None]:
-  """`stop(step) -> bool`, true once SIGTERM or Ctrl-C has come.
-
-  With several processes they must all stop at one step: jax's own preemption
-  service agrees on it (SIGTERM to any of them is enough).
-  """
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  asked = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False
-    return
-
-  def handle(number, frame):
-    if asked.is_set():
-      if number == signal.SIGINT:
-        raise KeyboardInterrupt  # a second Ctrl-C doesn't wait
-      return
-    asked.set()  # before the message: who reads it may press again at once
-    again = ", again aborts" if number == signal.SIGINT else ""
-    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    # Not print: the handler may have interrupted one.
-    os.write(2, f"{name}: stopping after this step{again}\n".encode())
-
-  old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield lambda step: asked.is_set()
-  finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
-
-
 def _all_finite(tree: Any) -> jax.Array:
   floats = (
     x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
@@ -421,12 +346,25 @@ def _gather(params: Any) -> Any:
   return multihost_utils.process_allgather(params, tiled=True)
 
 
-def _previous(workdir: pathlib.Path) -> dict[str, float]:
-  """The results of a run that has ended before."""
+@contextlib.contextmanager
+def _ending() -> Generator[None, None, None]:
+  """What ends a run from outside becomes one line, and no traceback."""
   try:
-    return dict(json.loads((workdir / "results.json").read_text()))
-  except (OSError, ValueError, TypeError):
-    return {}
+    yield
+  except WorkdirError as error:
+    raise RunError(str(error)) from error
+  except OSError as error:  # a report's, or a data set's that keeps files
+    if error.errno not in _DISK:
+      raise
+    raise RunError(log.refusal(error, error.filename)) from error
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    what = " ".join(str(error).split())[:200]
+    raise RunError(
+      f"process {jax.process_index()} lost the others: {what}; start all of "
+      "them again, they go on from the last checkpoint"
+    ) from error
 
 
 def _memory() -> dict[str, float]:

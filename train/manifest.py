@@ -5,6 +5,7 @@ written down once and compared on each restore.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -120,11 +121,16 @@ def verify(path: pathlib.Path, *, step: int) -> dict[str, Any]:
 def write_text(path: pathlib.Path, text: str) -> None:
   """Replaces a file at once: a reader sees the old one or the new one."""
   part = path.with_name(path.name + ".part")
-  with part.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
+  try:
+    with part.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):  # of a full disk: give the room back
+      part.unlink(missing_ok=True)
+    raise
   sync(path.parent)
 
 

@@ -21,6 +21,10 @@ class CheckpointError(RuntimeError):
   """A checkpoint that can't be written, found or trusted, and what to do."""
 
 
+class RunError(CheckpointError):
+  """A run that can't go on, but will from its last checkpoint."""
+
+
 def numbers(directory: pathlib.Path) -> list[int]:
   """Every step there is something of, whole or not, ascending."""
   if not directory.is_dir():

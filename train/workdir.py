@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Generator
 from typing import Any
 
+from isthmus.train import manifest
 from isthmus.train.config import ConfigError, flatten
 
 # Settings that may differ between a run and its resumption: they change where
@@ -18,21 +19,38 @@ class WorkdirError(RuntimeError):
   """A folder that can't be used, and what to do about it."""
 
 
+class BusyError(WorkdirError):
+  """A folder that another run is using right now."""
+
+
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Generator[None, None, None]:
-  """Holds the folder for one run; a second one is refused at once."""
+def lock(
+  workdir: pathlib.Path, *, wait: float = 0
+) -> Generator[None, None, None]:
+  """Holds the folder for one run; a second one is refused.
+
+  Args:
+    workdir: the folder; made if missing.
+    wait: seconds to wait for a run that holds it.
+
+  Raises:
+    BusyError: another run holds it.
+    WorkdirError: it can't be made or written.
+  """
   import filelock
 
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(workdir / ".lock", timeout=0)
+    held = filelock.FileLock(workdir / ".lock", timeout=wait)
     held.acquire()
   except filelock.Timeout:
-    raise WorkdirError(
+    raise BusyError(
       f"{workdir} is in use by another run; wait for it, or give --workdir"
     ) from None
   except OSError as error:
     raise WorkdirError(f"{workdir}: {error.strerror or error}") from None
+  except ValueError as error:  # a zero byte in its name
+    raise WorkdirError(f"{str(workdir)!r}: {error}") from None
   try:
     yield
   finally:
@@ -58,24 +76,33 @@ def record(
   new = flatten(job)
   if path.is_file() and not force:
     old = load(workdir)["resolved"]
-    differ = [
-      k
-      for k in sorted(old.keys() | new.keys())
-      if old.get(k) != new.get(k) and k.split(".")[0] not in FREE
-    ]
-    if differ:
+    if differ := differing(old, new):
       k = differ[0]
       more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+      was = " ".join(old.get(k, "unset").split())[:200]
       raise ConfigError(
-        f"{workdir} holds a run with {k} = {old.get(k, 'unset')}, not "
+        f"{workdir} holds a run with {k[:200]} = {was}, not "
         f"{new.get(k, 'unset')}{more}; use another --workdir, or --force"
       )
-  part = path.with_suffix(".part")
+  text = json.dumps({**source, "resolved": new}, indent=1) + "\n"
   try:
-    part.write_text(json.dumps({**source, "resolved": new}, indent=1) + "\n")
-    part.replace(path)
+    manifest.write_text(path, text)
   except OSError as error:
     raise WorkdirError(f"{path}: {error.strerror or error}") from error
+
+
+def differing(old: dict[str, str], new: dict[str, str]) -> list[str]:
+  """Names of the settings that differ between two runs and may not.
+
+  Example:
+    >>> differing({"steps": "8", "keep": "3"}, {"steps": "9", "keep": "4"})
+    ['steps']
+  """
+  return [
+    k
+    for k in sorted(old.keys() | new.keys())
+    if old.get(k) != new.get(k) and k.split(".")[0] not in FREE
+  ]
 
 
 def load(workdir: pathlib.Path) -> dict[str, Any]:
@@ -86,16 +113,18 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
   """
   path = workdir / CONFIG
   try:
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_bytes().decode())
     if not isinstance(data["resolved"], dict):
       raise ValueError("no settings in it")
+    if not all(isinstance(v, str) for v in data["resolved"].values()):
+      raise ValueError("settings that are no text")
   except FileNotFoundError:
     raise WorkdirError(
       f"{workdir} holds no run: {CONFIG} isn't there"
     ) from None
   except OSError as error:
     raise WorkdirError(f"{path}: {error.strerror or error}") from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise WorkdirError(
       f"{path} is damaged ({error}); delete it and give --config again"
     ) from None

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
 from isthmus.train import log
 from isthmus.train.workdir import WorkdirError
+from tests.train.test_board import boards, scalars
 
 
 def _write(folder, steps, **kwargs):
@@ -71,19 +73,65 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 
 
 def test_tensorboard_holds_the_same(tmp_path):
-  from tensorboardX.proto import event_pb2
-  from tensorboardX.record_writer import masked_crc32c  # noqa: F401
-
   _write(tmp_path, [1, 2])
-  files = list((tmp_path / "tensorboard").iterdir())
-  assert len(files) == 1
-  data, found = files[0].read_bytes(), []
-  while data:
-    size = int.from_bytes(data[:8], "little")
-    event = event_pb2.Event.FromString(data[12 : 12 + size])
-    found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
-    data = data[16 + size :]
-  assert found == [(1, "train/loss", 1.0), (2, "train/loss", 0.5)]
+  _write(tmp_path, [2, 3], step=1)
+  assert [scalars(p) for p in boards(tmp_path / "tensorboard")] == [
+    [(1, "train/loss", 1.0), (2, "train/loss", 0.5)],
+    [(2, "train/loss", 0.5), (3, "train/loss", pytest.approx(1 / 3))],
+  ]
+
+
+@pytest.mark.parametrize(
+  "line",
+  [b"{", b"\xff\xfe", b"[1]", b'{"train/loss": 1}', b'{"step": "2"}']
+  + [b'{"step": 2, "x": "y"}', b'{"step": 2, "x": NaN}', b"[" * 100_000]
+  + [b'{"step": 2, "x": 1' + b"0" * 400 + b"}", b'{"step": true}'],
+  ids=range(10),
+)
+def test_a_line_that_is_no_record(tmp_path, capsys, line):
+  """It is left out, and said; the file as it was is kept."""
+  _write(tmp_path, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  first, rest = path.read_bytes().split(b"\n", 1)
+  path.write_bytes(spoilt := first + b"\n" + line + b"\n" + rest)
+  assert _steps(tmp_path) == [1, 2]
+  capsys.readouterr()
+  _write(tmp_path, [3], step=2)
+  assert _steps(tmp_path) == [1, 2, 3]
+  assert "1 of 3 lines are no records" in capsys.readouterr().err
+  assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == spoilt
+  assert log.plot_losses(tmp_path, "still drawn")
+
+
+def test_a_deleted_folder_is_noticed(tmp_path):
+  folder = tmp_path / "run"
+  folder.mkdir()
+  writer = log.Writer(folder)
+  shutil.rmtree(folder)
+  with pytest.raises(WorkdirError, match="deleted or moved"):
+    writer.write(1, {"loss": 1.0})
+  writer.close()
+  with pytest.raises(WorkdirError, match="results.json.*deleted or moved"):
+    log.write_results(folder, {})
+
+
+def test_results(tmp_path, capsys):
+  path = tmp_path / "results.json"
+  assert log.read_results(tmp_path) == {}
+  log.write_results(tmp_path, {"step": 3.0, "x": math.inf})
+  assert log.read_results(tmp_path) == {"step": 3.0, "x": math.inf}
+  assert capsys.readouterr().err == ""
+  for text in (b"{", b"[]", b'{"step": "3"}', b"\xff", b"[" * 100_000):
+    path.write_bytes(text)
+    assert log.read_results(tmp_path) == {}
+    assert "results.json.damaged" in capsys.readouterr().err
+    assert (tmp_path / "results.json.damaged").read_bytes() == text
+
+
+def test_nobody_listens(monkeypatch):
+  """A terminal that closed doesn't end a run."""
+  monkeypatch.setattr(log.sys, "stderr", open("/dev/full", "w"))
+  log.say("x")
 
 
 def test_bar_without_a_terminal(capsys, monkeypatch):

@@ -1,0 +1,78 @@
+"""Steps a second, model FLOP/s, and the share of what a device can do."""
+
+import math
+import time
+from typing import Any
+
+import jax
+
+from isthmus.train import log, peak
+
+
+class Speed:
+  """Steps a second of training: compiling, saving, evaluating left out.
+
+  By a clock that only goes forward, whatever is done to the time of day.
+
+  Args:
+    run: a `Run` of `isthmus.train.loop`.
+  """
+
+  def __init__(self, run: Any):
+    shapes = {k: v.shape for k, v in run.batch.items()}
+    job = run.job
+    self.unit, self.units, self.flops = job.task.throughput(job.model, shapes)
+    devices = run.mesh.devices.size
+    device = jax.local_devices()[0]
+    self._sheet = peak.datasheet(device)
+    self._ceiling = None if math.isnan(self.flops) else peak.measure(device)
+    self._scale = 1.0 / devices
+    self._mark: tuple[int, float] | None = None
+    self._steps, self._seconds = 0, 0.0
+
+  def tick(self, step: int) -> None:
+    """Step `step` is done."""
+    now = time.perf_counter()
+    if self._mark is not None:
+      self._steps += step - self._mark[0]
+      self._seconds += now - self._mark[1]
+    self._mark = (step, now)
+
+  def pause(self) -> None:
+    """What comes until the next tick isn't training."""
+    self._mark = None
+
+  def take(self) -> tuple[int, float]:
+    """(steps, seconds) so far; a caller keeps them to measure a window."""
+    return self._steps, self._seconds
+
+  def metrics(self, since: tuple[int, float] = (0, 0.0)) -> dict[str, float]:
+    steps, seconds = self._steps - since[0], self._seconds - since[1]
+    if not steps or seconds <= 0:
+      return {}
+    rate = steps / seconds
+    out = {
+      "steps_per_second": rate,
+      f"{self.unit}_per_second": rate * self.units,
+    }
+    if not math.isnan(self.flops):
+      each = rate * self.flops * self._scale
+      out["model_tflops_per_device"] = each / 1e12
+      if self._ceiling:
+        out["mfu_measured"] = each / self._ceiling
+      if self._sheet:
+        out["mfu_datasheet"] = each / self._sheet
+    return out
+
+  def text(self, metrics: dict[str, float]) -> str:
+    rate = metrics.get(f"{self.unit}_per_second")
+    if rate is None:
+      return ""
+    parts = [f"{log.si(rate)} {self.unit}/s"]
+    if "model_tflops_per_device" in metrics:
+      parts.append(f"{metrics['model_tflops_per_device']:.3g} TF/s")
+    for name in ("datasheet", "measured"):
+      if f"mfu_{name}" in metrics:
+        parts.append(f"MFU {metrics[f'mfu_{name}']:.0%} of {name}")
+        break
+    return ", ".join(parts)
