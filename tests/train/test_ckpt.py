@@ -4,7 +4,6 @@ import os
 import pathlib
 import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -465,58 +464,6 @@ def python(code: str, *args: object) -> subprocess.Popen:
 def test_importing_it_does_not_import_orbax():
   code = "import sys, isthmus.train.ckpt; print('orbax' in sys.modules)"
   assert python(code).communicate(timeout=120)[0].strip() == "False"
-
-
-SAVER = """
-import itertools, sys
-import jax, jax.numpy as jnp
-from isthmus.train.ckpt import Checkpointer
-step = jax.jit(lambda s: {"n": s["n"] + 1, "x": s["x"] + 1}, donate_argnums=0)
-state = {"n": jnp.int32(0), "x": jnp.zeros((int(sys.argv[2]), 1 << 16))}
-with Checkpointer(sys.argv[1], keep=2) as ckpt:
-  found = ckpt.restore(state)
-  done, state = (0, state) if found is None else found
-  for i in itertools.count(done + 1):
-    state = step(state)
-    ckpt.save(i, state)
-    print(i - 1, flush=True)  # this one is on the disk
-"""
-
-
-def kill_and_restore(folder: pathlib.Path, moments: list[float]):
-  """Kills a saving process again and again; it resumes from what is there."""
-  target = {"n": jnp.int32(0), "x": jnp.zeros((8, 1 << 16))}
-  reached = 0
-  for moment in moments:
-    child = python(SAVER, folder, 8)
-    child.stdout.readline()
-    time.sleep(moment)
-    child.send_signal(signal.SIGKILL)
-    lines = child.communicate(timeout=60)[0].split()
-    assert child.returncode == -signal.SIGKILL
-    known = max([reached, *map(int, lines)])
-    with Checkpointer(folder) as ckpt:
-      found = ckpt.restore(target)
-    if found is None:
-      assert known == 0
-      continue
-    reached, state = found
-    assert reached >= known
-    assert int(state["n"]) == reached
-    np.testing.assert_array_equal(state["x"], np.full((8, 1 << 16), reached))
-    names = {p.name for p in folder.iterdir()}
-    assert all(name.isdecimal() for name in names), names
-  assert reached > 0
-
-
-def test_killed_at_two_moments(tmp_path):
-  kill_and_restore(tmp_path, [0.3, 0.45])
-
-
-@pytest.mark.slow
-def test_killed_at_25_moments(tmp_path):
-  moments = np.random.default_rng(0).uniform(0, 0.6, 25).tolist()
-  kill_and_restore(tmp_path, moments)
 
 
 PAIR = """

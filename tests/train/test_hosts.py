@@ -4,78 +4,15 @@ import functools
 import json
 import shutil
 import signal
-import socket
 
-import jax
-import numpy as np
 import pytest
 
 from isthmus.train.ckpt import restore_params
-from tests.train.child import TOY, Child, records
+from tests.train import pair as two
+from tests.train.child import TOY, Child
 
 pytestmark = pytest.mark.process
 STEPS = 16
-
-
-def _port():
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    return s.getsockname()[1]
-
-
-def _pair(workdir, folder, *more):
-  """The toy on two processes of two devices each."""
-  port = _port()
-  argv = ["--config", f"{TOY}:all", "--workdir", workdir, *more]
-  argv += ["--coordinator", f"localhost:{port}", "--processes", 2]
-  return [
-    Child(*argv, "--process", i, folder=folder, devices=2) for i in (0, 1)
-  ]
-
-
-def _end(pair):
-  for child in pair:
-    assert child.wait() == 0, (child.err, [c.err for c in pair])
-  return pair
-
-
-def _last(workdir):
-  try:
-    found = records(workdir)
-  except (OSError, ValueError):  # nothing yet, or half a line
-    return 0
-  return found[-1]["step"] if found else 0
-
-
-def _beyond(workdir, step):
-  return _last(workdir) > step
-
-
-def _same(workdir, expected):
-  """The losses of another run, each once, and its parameters."""
-
-  def losses(folder):
-    return [
-      (r["step"], name, r[name])
-      for r in records(folder)
-      for name in ("train/loss", "eval/loss")
-      if name in r
-    ]
-
-  mine, others = losses(workdir), losses(expected)
-  assert [x[:2] for x in mine] == [x[:2] for x in others]
-  np.testing.assert_allclose(
-    [x[2] for x in mine], [x[2] for x in others], rtol=1e-5
-  )
-  (step, params), (last, wanted) = (
-    restore_params(folder / "ckpt") for folder in (workdir, expected)
-  )
-  assert step == last == STEPS
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-    params,
-    wanted,
-  )
 
 
 def _cut(workdir, folder):
@@ -91,7 +28,7 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   argv = ["--config", f"{TOY}:all", "--workdir", folder / "one"]
   alone = Child(*argv, folder=folder, devices=4)
-  pair = _end(_pair(folder / "two", folder))
+  pair = two.end(two.start(folder / "two", folder))
   assert alone.wait() == 0, alone.err
   assert "4 x cpu" in alone.err and "4 x cpu" in pair[0].err
   # The first process speaks; the other has nothing to add.
@@ -104,7 +41,7 @@ def runs(tmp_path_factory):
 
 
 def test_two_processes_train_as_one(runs):
-  _same(runs / "two", runs / "one")
+  two.same(runs / "two", runs / "one", STEPS)
   assert len(list((runs / "two" / "tensorboard").iterdir())) == 1
   # The first process reports on the whole of parameters that two hold.
   norms = [
@@ -116,9 +53,9 @@ def test_two_processes_train_as_one(runs):
 
 def test_saved_by_one_and_resumed_by_two(runs, tmp_path):
   folder = _cut(runs / "one", tmp_path / "run")
-  first, _ = _end(_pair(folder, tmp_path))
+  first, _ = two.end(two.start(folder, tmp_path))
   assert "resuming at step 14" in first.err
-  _same(folder, runs / "one")
+  two.same(folder, runs / "one", STEPS)
 
 
 def test_saved_by_two_and_resumed_by_one(runs, tmp_path):
@@ -127,29 +64,29 @@ def test_saved_by_two_and_resumed_by_one(runs, tmp_path):
   child = Child(*argv, folder=tmp_path, devices=4)
   assert child.wait() == 0, child.err
   assert "resuming at step 14" in child.err
-  _same(folder, runs / "one")
+  two.same(folder, runs / "one", STEPS)
 
 
 def test_stopped_by_sigterm_to_one_then_killed_then_finished(runs, tmp_path):
   workdir = tmp_path / "run"
   start = functools.partial(
-    _pair, workdir, tmp_path, "--set", "data.pause=0.05"
+    two.start, workdir, tmp_path, "--set", "data.pause=0.05"
   )
   pair = start()
-  pair[0].until(functools.partial(_beyond, workdir, 2))
+  pair[0].until(functools.partial(two.beyond, workdir, 2))
   pair[1].send(signal.SIGTERM)
-  _end(pair)
+  two.end(pair)
   stopped, _ = restore_params(workdir / "ckpt")
   assert 2 < stopped < STEPS
   assert f"stopped at step {stopped}, saved" in pair[0].err
   assert "stopped" not in pair[1].err
-  assert _last(workdir) == stopped
+  assert two.last(workdir) == stopped
 
   pair = start()
-  pair[0].until(functools.partial(_beyond, workdir, stopped + 2))
+  pair[0].until(functools.partial(two.beyond, workdir, stopped + 2))
   for child in pair:
     child.kill()
 
-  first, _ = _end(start())
+  first, _ = two.end(start())
   assert "resuming at step" in first.err
-  _same(workdir, runs / "one")
+  two.same(workdir, runs / "one", STEPS)
