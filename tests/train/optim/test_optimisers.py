@@ -1,0 +1,50 @@
+"""Every optimiser in the common suite; a new optimiser is one entry."""
+
+import optax
+import pytest
+
+from isthmus.train.optim.chain import Optimizer
+from isthmus.train.optim.muon import scale_by_muon
+from tests.train.optim import suite
+from tests.train.optim.suite import Entry
+
+
+def _entry(name, scale, learning_rate, **kwargs):
+  """A scale in the library's own chain, at rest after the last step."""
+
+  def build(steps):
+    return Optimizer(
+      scale=scale,
+      learning_rate=learning_rate,
+      warmup=0,
+      final=0.0,
+      weight_decay=0.0,
+      clip=None,
+    ).build(steps)
+
+  def inject(learning_rate):
+    return optax.chain(scale(), optax.scale_by_learning_rate(learning_rate))
+
+  return Entry(name=name, build=build, inject=inject, **kwargs)
+
+
+OPTIMISERS = [
+  _entry("adam", Optimizer().scale, 0.1),
+  _entry("sgd", optax.identity, 0.1),
+  _entry("muon", scale_by_muon, 0.1, extra=r"ns_coeffs$"),
+  Entry(
+    name="adamw, clipped",
+    build=Optimizer(learning_rate=0.1, weight_decay=1e-4, final=0.0).build,
+  ),
+]
+
+
+@pytest.mark.parametrize("assertion", suite.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("optimiser", OPTIMISERS, ids=lambda o: o.name)
+def test_optimiser(optimiser, assertion):
+  assertion(optimiser)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS, ids=lambda o: o.name)
+def test_optimiser_resumes(optimiser, tmp_path):
+  suite.assert_it_resumes(optimiser, tmp_path)
