@@ -63,6 +63,7 @@ class KVCache:
 
   @property
   def capacity(self) -> int:
+    """Slots of a row."""
     return self.k.shape[-3]
 
   def append(

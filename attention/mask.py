@@ -19,6 +19,12 @@ def check_window(window: Window) -> tuple[int | None, int | None] | None:
 
   Raises:
     ValueError: a negative width.
+
+  Example:
+    >>> check_window(3)
+    (3, 3)
+    >>> check_window((8, None))  # 8 keys back, all that follow
+    (8, None)
   """
   if window is None:
     return None
@@ -35,7 +41,13 @@ def positions(
   q_positions: Int32[Array, "#b #n t"] | None,
   kv_positions: Int32[Array, "#b #k s"] | None,
 ) -> tuple[Int32[Array, "#b #n t"], Int32[Array, "#b #k s"]]:
-  """Positions with defaults: the last query stands at the last of 0..s-1."""
+  """Positions with defaults: the last query stands at the last of 0..s-1.
+
+  Example:
+    >>> q, kv = positions(2, 5, None, None)
+    >>> q.tolist(), kv.tolist()
+    ([[[3, 4]]], [[[0, 1, 2, 3, 4]]])
+  """
   if q_positions is None:
     q_positions = jnp.arange(s - t, s, dtype=jnp.int32)[None, None]
   if kv_positions is None:
@@ -68,6 +80,15 @@ def visible(
 
   Returns:
     A mask whose axes of size 1 broadcast, or None if every key is seen.
+
+  Example:
+    >>> mask = visible(
+    ...   lengths=(3, 3), num_kv_heads=1, causal=True, window=(1, None)
+    ... )
+    >>> print(mask[0, 0, 0].astype(int))
+    [[1 0 0]
+     [1 1 0]
+     [0 1 1]]
   """
   t, s = lengths
   masks = []

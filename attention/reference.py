@@ -29,7 +29,12 @@ _NEVER = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What an implementation of attention is told besides arrays; hashable."""
+  """What an implementation of attention is told besides arrays; hashable.
+
+  Example:
+    >>> Options(causal=True, window=(128, 0)).return_lse
+    False
+  """
 
   causal: bool = False
   window: tuple[int | None, int | None] | None = None
@@ -40,7 +45,13 @@ class Options:
 
 
 class Extras(NamedTuple):
-  """The optional arrays of a call; None where not given."""
+  """The optional arrays of a call; None where not given.
+
+  Example:
+    >>> extras = Extras(segment_ids=jnp.array([[1, 1, 2]]))
+    >>> [name for name, x in extras._asdict().items() if x is not None]
+    ['segment_ids']
+  """
 
   segment_ids: Any = None
   kv_segment_ids: Any = None
@@ -58,7 +69,14 @@ def attend(
   *,
   options: Options,
 ) -> tuple[Float[Array, "b t n dv"], Float[Array, "b n t"]]:
-  """(o, lse) of `isthmus.attention.attention`, whose checks are done."""
+  """(o, lse) of `isthmus.attention.attention`, whose checks are done.
+
+  Example:
+    >>> q = k = v = jnp.ones((1, 4, 2, 8))
+    >>> o, lse = attend(q, k, v, Extras(), options=Options(causal=True))
+    >>> o.shape, lse.shape
+    ((1, 4, 2, 8), (1, 2, 4))
+  """
   sinks, rest = extras.sinks, extras._replace(sinks=None)
   return _attend(options, q, k, v, sinks, rest)
 

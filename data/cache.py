@@ -21,6 +21,10 @@ class Stream(NamedTuple):
     tokens: [n] unsigned.
     sizes: [n] bytes that each token stands for; None means one byte a token
       and none for a start token.
+
+  Example:
+    >>> Stream(np.array([256, *b"to be"], np.uint16), None).tokens.tolist()
+    [256, 116, 111, 32, 98, 101]
   """
 
   tokens: np.ndarray
@@ -32,7 +36,13 @@ Pieces = Callable[[], Iterator[Stream]]
 
 
 def cache_folder() -> pathlib.Path:
-  """$ISTHMUS_CACHE, or the platform's folder for caches."""
+  """$ISTHMUS_CACHE, or the platform's folder for caches.
+
+  Example:
+    >>> os.environ["ISTHMUS_CACHE"] = "/scratch/isthmus"
+    >>> print(cache_folder())
+    /scratch/isthmus
+  """
   if chosen := os.environ.get("ISTHMUS_CACHE"):
     return pathlib.Path(chosen).expanduser()
   if sys.platform == "darwin":
@@ -47,7 +57,15 @@ def cache_folder() -> pathlib.Path:
 
 
 def collect(pieces: Pieces) -> Stream:
-  """The stream in memory."""
+  """The stream in memory.
+
+  Example:
+    >>> def pieces():
+    ...   yield Stream(np.array([256, 104], np.uint16), None)
+    ...   yield Stream(np.array([256, 105], np.uint16), None)
+    >>> collect(pieces).tokens.tolist()
+    [256, 104, 256, 105]
+  """
   parts = list(pieces())
   if not parts:
     return Stream(np.zeros(0, np.uint16), None)
@@ -73,6 +91,16 @@ def open_cached(
 
   Raises:
     OSError: the folder cannot be written; it names the remedy.
+
+  Example:
+    >>> def pieces():
+    ...   print("building")
+    ...   yield Stream(np.array([256, 104, 105], np.uint16), None)
+    >>> open_cached("key", pieces, folder="cache").tokens.tolist()
+    building
+    [256, 104, 105]
+    >>> open_cached("key", pieces, folder="cache").tokens.tolist()
+    [256, 104, 105]
   """
   folder = cache_folder() if folder is None else pathlib.Path(folder)
   entry = folder / "text" / key

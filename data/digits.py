@@ -29,6 +29,7 @@ class Digits:
   """
 
   def open(self, split: str) -> ArraySource:
+    """The examples of a split, "train" or "eval"."""
     check_split(split)
     try:
       from sklearn.datasets import load_digits

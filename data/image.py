@@ -44,6 +44,15 @@ class ImageFolder:
       archive.extract); when read, a file that is not a whole image.
     FileNotFoundError: when opened, no such folder, or no image in it.
     ImportError: when opened, where pillow is missing.
+
+  Example:
+    >>> import PIL.Image
+    >>> for name in ("cat", "dog"):
+    ...   pathlib.Path("pets", name).mkdir(parents=True)
+    ...   PIL.Image.new("RGB", (40, 30)).save(f"pets/{name}/1.png")
+    >>> pets = ImageFolder("pets", size=8, eval_fraction=0.0)
+    >>> pets.classes, pets.open("train")[0]["image"].shape
+    (('cat', 'dog'), (8, 8, 3))
   """
 
   path: str | os.PathLike
@@ -68,6 +77,7 @@ class ImageFolder:
     return tuple(sorted(p.name for p in _folders(self._folder(self.path))))
 
   def open(self, split: str) -> "ImageSource":
+    """The images of a split; each is read when it is asked for."""
     check_split(split)
     _pillow()
     held_out = split == "eval"
@@ -113,7 +123,16 @@ class ImageFolder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSource:
-  """Images read when they are asked for; see ImageFolder."""
+  """Images read when they are asked for; see ImageFolder.
+
+  Example:
+    >>> import PIL.Image
+    >>> PIL.Image.new("L", (4, 4), color=255).save("white.png")
+    >>> files = (("white.png", 7),)
+    >>> source = ImageSource(pathlib.Path(), files, size=2, channels=1)
+    >>> source[0]["image"].ravel().tolist(), int(source[0]["label"])
+    ([1.0, 1.0, 1.0, 1.0], 7)
+  """
 
   root: pathlib.Path
   files: tuple[tuple[str, int], ...]

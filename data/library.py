@@ -37,6 +37,8 @@ class PythonLibrary:
 
   Example:
     >>> name, text = next(iter(PythonLibrary().documents("eval")))
+    >>> name.endswith(".py"), len(text) > 0
+    (True, True)
   """
 
   eval_fraction: float = 0.05
@@ -45,6 +47,7 @@ class PythonLibrary:
     check_fraction(self.eval_fraction)
 
   def documents(self, split: str) -> Iterator[tuple[str, bytes]]:
+    """(path, source) of each file of a split."""
     check_split(split)
     for name, text in _files():
       if is_held_out(name, self.eval_fraction) == (split == "eval"):

@@ -53,8 +53,11 @@ class Loader:
   Example:
     >>> from isthmus.data.source import ArraySource
     >>> source = ArraySource({"x": np.arange(10)})
-    >>> loader = Loader(source, batch_size=4, seed=0)
-    >>> for step, batch in loader.iterate(0, 3): ...
+    >>> loader = Loader(source, batch_size=4, seed=0, shuffle=False)
+    >>> for step, batch in loader.iterate(1, 3):
+    ...   print(step, batch["x"])
+    1 [4 5 6 7]
+    2 [8 9 0 1]
   """
 
   source: Source
@@ -235,6 +238,11 @@ def stack(examples: Sequence[Example], indices: np.ndarray) -> Example:
   Raises:
     ValueError: examples that differ in their fields, or in a field's shape
       or dtype; it names the field, both examples and both shapes.
+
+  Example:
+    >>> examples = [{"x": np.zeros(2)}, {"x": np.ones(2)}]
+    >>> stack(examples, np.array([0, 1]))["x"].tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
   """
   first, names = examples[0], list(examples[0])
   for example, index in zip(examples, indices, strict=True):

@@ -22,6 +22,10 @@ def prefetch(
 
   Raises:
     whatever make raised, with a note that names the step.
+
+  Example:
+    >>> list(prefetch(lambda step: step**2, range(3), depth=2))
+    [(0, 0), (1, 1), (2, 4)]
   """
   done: queue.SimpleQueue = queue.SimpleQueue()
   slots, stopped = threading.Semaphore(depth), threading.Event()

@@ -39,7 +39,13 @@ class Dataset(Protocol):
 
 
 def check_split(split: str, names: Iterable[str] = ("train", "eval")) -> None:
-  """Raise a ValueError that names the splits and the nearest of them."""
+  """Raise a ValueError that names the splits and the nearest of them.
+
+  Example:
+    >>> check_split("trian")
+    Traceback (most recent call last):
+    ValueError: no split 'trian'; there are ['eval', 'train']; did you mean ...
+  """
   names = list(names)
   if split in names:
     return
@@ -88,6 +94,7 @@ class ArraySource:
     return {name: array[i] for name, array in self.arrays.items()}
 
   def take(self, indices: np.ndarray) -> Example:
+    """Rows of every array, in the order of the indices."""
     return {name: array[indices] for name, array in self.arrays.items()}
 
 
@@ -109,6 +116,7 @@ class Arrays:
   eval: Mapping[str, Any] | None = None
 
   def open(self, split: str) -> ArraySource:
+    """The source of a split that was given."""
     given = {"train": self.train}
     if self.eval is not None:
       given["eval"] = self.eval

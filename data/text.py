@@ -55,9 +55,12 @@ class Text:
     ValueError: seq_len < 1, or stride outside [1, seq_len].
 
   Example:
-    >>> text = Text(PythonLibrary(), Bytes(), seq_len=512)
-    >>> text.open("train")[0]["tokens"].shape
-    (513,)
+    >>> _ = pathlib.Path("poem.txt").write_text("to be, or not to be")
+    >>> corpus = TextFiles(".", eval_fraction=0.0)
+    >>> text = Text(corpus, Bytes(), seq_len=8)
+    >>> example = text.open("train")[0]
+    >>> example["tokens"].shape, text.tokenizer.decode(example["tokens"])
+    ((9,), 'to be, o')
   """
 
   corpus: Corpus
@@ -78,9 +81,11 @@ class Text:
 
   @property
   def vocab_size(self) -> int:
+    """Of the tokenizer: what the model has to have."""
     return self.tokenizer.vocab_size
 
   def open(self, split: str) -> "TokenSource":
+    """The rows of a split, "train" or "eval"."""
     check_split(split)
     key, size = _fingerprint(self.corpus, self.tokenizer, split)
     if not size:
@@ -115,6 +120,12 @@ class TokenSource:
   - `weights` float32 [seq_len]: 1 where token i + 1 is to be predicted, which
     leaves out starts, padding and what an earlier window predicted;
   - `num_bytes` int32 []: bytes of text that the weighted targets stand for.
+
+  Example:
+    >>> stream = Stream(np.array([256, 104, 105, 256, 111], np.uint16), None)
+    >>> source = TokenSource(stream, start=256, seq_len=4, stride=4)
+    >>> source[0]["segment_ids"].tolist(), source[0]["weights"].tolist()
+    ([1, 1, 1, 2, 2], [1.0, 1.0, 0.0, 1.0])
   """
 
   stream: Stream
@@ -142,6 +153,7 @@ class TokenSource:
     return {name: array[0] for name, array in batch.items()}
 
   def take(self, indices: np.ndarray) -> Example:
+    """Rows by number, stacked."""
     indices = np.asarray(indices, np.int64)
     begin, length = indices * self.stride, self.seq_len + 1
     tokens = _windows(self.stream.tokens, begin, length).astype(np.int32)
@@ -183,6 +195,11 @@ class TextFiles:
     ValueError: eval_fraction outside [0, 1]; when read, a link that leaves
       the folder.
     FileNotFoundError: when read, no such folder, or no match in it.
+
+  Example:
+    >>> _ = pathlib.Path("poem.txt").write_text("to be")
+    >>> list(TextFiles(".", eval_fraction=0.0).documents("train"))
+    [('poem.txt', b'to be')]
   """
 
   folder: str | os.PathLike
@@ -193,6 +210,7 @@ class TextFiles:
     check_fraction(self.eval_fraction)
 
   def documents(self, split: str) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file of a split."""
     check_split(split)
     root = pathlib.Path(self.folder).expanduser()
     if not root.is_dir():
@@ -212,12 +230,24 @@ class TextFiles:
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-  """Whether a name's hash falls into the held-out fraction of all hashes."""
+  """Whether a name's hash falls into the held-out fraction of all hashes.
+
+  Example:
+    >>> sum(is_held_out(f"{i}.txt", 0.1) for i in range(1000))
+    90
+  """
   digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8)
   return int.from_bytes(digest.digest(), "big") < fraction * 2**64
 
 
 def check_fraction(fraction: float) -> None:
+  """Raises ValueError for what is no share of a whole.
+
+  Example:
+    >>> check_fraction(1.5)
+    Traceback (most recent call last):
+    ValueError: eval_fraction is 1.5; it must lie in [0, 1]
+  """
   if not 0 <= fraction <= 1:
     raise ValueError(f"eval_fraction is {fraction}; it must lie in [0, 1]")
 

@@ -38,8 +38,9 @@ class Tfds:
     ValueError: when opened, a prepared file whose size has changed.
 
   Example:
-    >>> Tfds("mnist").open("train")[0]["image"].shape  # downloads
-    (28, 28, 1)
+    >>> data = Tfds("mnist", train="train[:90%]", eval="train[90%:]")
+    >>> data.builder, data.eval  # nothing is read before data.open("train")
+    ('mnist', 'train[90%:]')
   """
 
   builder: str | type
@@ -50,6 +51,7 @@ class Tfds:
   manual_dir: str | os.PathLike | None = None
 
   def open(self, split: str) -> "TfdsSource":
+    """The examples of a split; prepares the data set if it must."""
     check_split(split)
     builder = self._prepare()
     name = self.train if split == "train" else self.eval
@@ -91,7 +93,16 @@ class Tfds:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource:
-  """Examples of a `tfds.data_source`; see Tfds."""
+  """Examples of a `tfds.data_source`; see Tfds.
+
+  Example:
+    >>> class Records(list):
+    ...   def __getitems__(self, indices):
+    ...     return [self[i] for i in indices]
+    >>> records = Records([{"size": {"x": 3, "y": 4}, "name": b"a"}])
+    >>> TfdsSource(records, "folder")[0]
+    {'size/x': array(3), 'size/y': array(4), 'name': b'a'}
+  """
 
   data: Any
   folder: str

@@ -37,22 +37,32 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-  """A token per byte, and token 256 to start a document."""
+  """A token per byte, and token 256 to start a document.
+
+  Example:
+    >>> tokens, sizes = next(Bytes().encode([("poem", "to be")]))
+    >>> tokens.tolist(), Bytes().decode(tokens)
+    ([116, 111, 32, 98, 101], 'to be')
+  """
 
   @property
   def vocab_size(self) -> int:
+    """257: the bytes, and the start token."""
     return 257
 
   @property
   def start(self) -> int:
+    """The token before each document."""
     return 256
 
   def fingerprint(self) -> str:
+    """What a cached stream is known by."""
     return "bytes"
 
   def encode(
     self, documents: Iterable[tuple[str, bytes | str]]
   ) -> Iterator[Encoded]:
+    """(tokens, None) of each document, a byte a token."""
     for _, text in documents:
       yield np.frombuffer(as_bytes(text), np.uint8).astype(np.uint16), None
 
@@ -75,6 +85,18 @@ class Tokenizer:
     ImportError: at first use, where the tokenizers package is missing.
     FileNotFoundError: at first use, where there is no such file.
     ValueError: at first use, where the vocabulary lacks start_token.
+
+  Example:
+    >>> import tokenizers
+    >>> words = {"to": 0, "be": 1, "<s>": 2}
+    >>> model = tokenizers.models.WordLevel(words, unk_token="<s>")
+    >>> whole = tokenizers.Tokenizer(model)
+    >>> whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> whole.save("tokenizer.json")
+    >>> tokenizer = Tokenizer("tokenizer.json", start_token="<s>")
+    >>> tokens, sizes = next(tokenizer.encode([("poem", "to be")]))
+    >>> tokens.tolist(), sizes.tolist()
+    ([0, 1], [3, 2])
   """
 
   path: str | os.PathLike
@@ -108,6 +130,7 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
+    """Highest token number plus one, the start token included."""
     size = self._size
     return size + 1 if self.start_token is None else size
 
@@ -118,6 +141,7 @@ class Tokenizer:
 
   @functools.cached_property
   def start(self) -> int:
+    """The token before each document."""
     if self.start_token is None:
       return self._size
     token = self._model.token_to_id(self.start_token)
@@ -129,12 +153,14 @@ class Tokenizer:
     return token
 
   def fingerprint(self) -> str:
+    """What a cached stream is known by: a hash of the file."""
     digest = hashlib.blake2b(self._content).hexdigest()
     return f"tokenizers {digest} {self.start_token}"
 
   def encode(
     self, documents: Iterable[tuple[str, bytes | str]]
   ) -> Iterator[Encoded]:
+    """(tokens, bytes that each stands for) of each document."""
     for name, text in documents:
       if isinstance(text, bytes):
         try:
@@ -161,7 +187,12 @@ class Tokenizer:
 
 
 def as_bytes(text: bytes | str) -> bytes:
-  """UTF-8 bytes of a document."""
+  """UTF-8 bytes of a document.
+
+  Example:
+    >>> len(as_bytes("naïve"))
+    6
+  """
   return text.encode("utf-8") if isinstance(text, str) else bytes(text)
 
 

@@ -24,6 +24,10 @@ def rms_norm(
     scale: one factor a channel.
     eps: keeps the root away from 0.
 
+  Example:
+    >>> rms_norm(jnp.array([[3.0, -3.0]]), jnp.array([1.0, 2.0]), 0.0).tolist()
+    [[1.0, -2.0]]
+
   Reference: https://arxiv.org/abs/1910.07467
   """
   wide = accumulator(x.dtype)
@@ -34,7 +38,15 @@ def rms_norm(
 
 
 class RMSNorm(nn.Module):
-  """`rms_norm` with a learned scale, `scale` [m], that starts at 1."""
+  """`rms_norm` with a learned scale, `scale` [m], that starts at 1.
+
+  Example:
+    >>> y, variables = RMSNorm().init_with_output(
+    ...   jax.random.key(0), jnp.ones((2, 8))
+    ... )
+    >>> y.shape, variables["params"]["scale"].shape
+    ((2, 8), (8,))
+  """
 
   eps: float = 1e-6
   param_dtype: Any = jnp.float32

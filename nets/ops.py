@@ -27,6 +27,11 @@ def embed_lookup(
 
   Returns:
     The rows, of the table's dtype.
+
+  Example:
+    >>> table = jnp.array([[0.0, 0.5], [1.0, 1.5], [2.0, 2.5]])
+    >>> embed_lookup(table, jnp.array([[2, 0]])).tolist()
+    [[[2.0, 2.5], [0.0, 0.5]]]
   """
   return jnp.take(table, tokens, axis=0, mode="fill")
 
@@ -71,6 +76,12 @@ def project(
 
   Returns:
     The product, in float32 (float64 for float64).
+
+  Example:
+    >>> x = jnp.ones((1, 3, 8), jnp.bfloat16)
+    >>> y = project(x, jnp.ones((8, 5)), dtype=jnp.bfloat16)
+    >>> y.shape, y.dtype
+    ((1, 3, 5), dtype('float32'))
   """
   return _project(jnp.dtype(dtype), x, kernel)
 

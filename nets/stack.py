@@ -31,6 +31,15 @@ class Stack(nn.Module):
 
   Raises:
     ValueError: depth below 1, or an unknown mode.
+
+  Example:
+    >>> from isthmus.nets.mlp import MlpBlock
+    >>> stack = Stack(MlpBlock(16), depth=3)
+    >>> (y, aux), variables = stack.init_with_output(
+    ...   jax.random.key(0), jnp.ones((2, 8))
+    ... )
+    >>> variables["params"]["blocks"]["mlp"]["up"]["kernel"].shape
+    (3, 8, 16)
   """
 
   block: nn.Module
@@ -90,7 +99,13 @@ class Stack(nn.Module):
 
 
 def check_stack(depth: int, mode: str) -> None:
-  """Raises ValueError for what a Stack can't be built of."""
+  """Raises ValueError for what a Stack can't be built of.
+
+  Example:
+    >>> check_stack(0, "plain")
+    Traceback (most recent call last):
+    ValueError: depth is 0; it must be at least 1
+  """
   if depth < 1:
     raise ValueError(f"depth is {depth}; it must be at least 1")
   if mode not in MODES:
@@ -101,6 +116,12 @@ def stack_layers(params: Any) -> Any:
   """Parameters of `scan=False` as `scan=True` has them, at any depth of a tree.
 
   Every dict that holds `block_00`, `block_01`, ... gets `blocks` instead.
+
+  Example:
+    >>> first, second = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    >>> stacked = stack_layers({"block_00": first, "block_01": second})
+    >>> stacked["blocks"]["w"].tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
   """
   if not isinstance(params, Mapping):
     return params
@@ -114,7 +135,13 @@ def stack_layers(params: Any) -> Any:
 
 
 def unstack_layers(params: Any) -> Any:
-  """Parameters of `scan=True` as `scan=False` has them."""
+  """Parameters of `scan=True` as `scan=False` has them.
+
+  Example:
+    >>> layers = unstack_layers({"blocks": {"w": jnp.arange(2.0)}})
+    >>> {name: float(layer["w"]) for name, layer in layers.items()}
+    {'block_00': 0.0, 'block_01': 1.0}
+  """
   if not isinstance(params, Mapping):
     return params
   rest = {n: unstack_layers(p) for n, p in params.items() if n != "blocks"}

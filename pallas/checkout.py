@@ -32,6 +32,13 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def alias(portion: str) -> None:
-  """Makes the top-level name `portion` the module `isthmus.<portion>`."""
+  """Makes the top-level name `portion` the module `isthmus.<portion>`.
+
+  Example:
+    >>> alias("pallas")
+    >>> import pallas.dispatch
+    >>> pallas.dispatch is sys.modules["isthmus.pallas.dispatch"]
+    True
+  """
   sys.modules[portion] = importlib.import_module("isthmus." + portion)
   sys.meta_path.insert(0, _Alias(portion))

@@ -40,6 +40,13 @@ class Impl:
       first used, so that what it needs stays optional.
     refuse: takes the op's arguments (arrays or ShapeDtypeStructs) and returns
       why this implementation can't take them, or None. It runs nothing.
+
+  Example:
+    >>> triple = Impl("xla", lambda x: 3 * x)
+    >>> triple.load()(2)
+    6
+    >>> Impl("tpu", "nowhere:kernel").reason()
+    "tpu: nowhere can't be imported: No module named 'nowhere'"
   """
 
   name: str
@@ -87,6 +94,11 @@ class Row:
     verdict: "runs" (it is the one), "could" (it comes later in the order, or
       is not in it), or "refuses".
     reason: why it refuses; empty otherwise.
+
+  Example:
+    >>> double = Op("double", (Impl("xla", lambda x: x + x),), {})
+    >>> double.explain(3)
+    [Row(op='double', case='', name='xla', verdict='runs', reason='')]
   """
 
   op: str
@@ -221,6 +233,13 @@ def prefer(*names: str):
 
   Raises:
     ValueError: a name that no op has.
+
+  Example:
+    >>> impls = (Impl("xla", lambda: "plain"), Impl("triton", lambda: "fast"))
+    >>> op = Op("op", impls, {})
+    >>> with prefer("triton"):
+    ...   op()
+    'fast'
   """
   if not names:
     raise ValueError("prefer() needs the name of an implementation")
@@ -233,7 +252,13 @@ def prefer(*names: str):
 
 
 def platform() -> str:
-  """The platform ops run on: "cpu", "gpu" or "tpu"; honours default_device."""
+  """The platform ops run on: "cpu", "gpu" or "tpu"; honours default_device.
+
+  Example:
+    >>> with jax.default_device(jax.devices("cpu")[0]):
+    ...   platform()
+    'cpu'
+  """
   device = jax.config.jax_default_device
   if device is None:
     return jax.default_backend()

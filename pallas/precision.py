@@ -9,7 +9,12 @@ from isthmus.pallas.dispatch import platform
 
 
 def accumulator(dtype: Any) -> jnp.dtype:
-  """The dtype of sums and statistics: float64 for float64, else float32."""
+  """The dtype of sums and statistics: float64 for float64, else float32.
+
+  Example:
+    >>> accumulator(jnp.bfloat16)
+    dtype('float32')
+  """
   return jnp.dtype(
     jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
   )
@@ -22,6 +27,11 @@ def dot(equation: str, a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
     equation: of `jnp.einsum`.
     a, b: the operands.
     **kwargs: of `jnp.einsum`, such as `precision`.
+
+  Example:
+    >>> a = jnp.ones((1, 257), jnp.bfloat16)  # which has no number 257
+    >>> dot("ik,jk->ij", a, a).tolist()
+    [[257.0]]
   """
   wide = accumulator(a.dtype)
   if platform() == "cpu":  # some layouts of bfloat16 are missing there

@@ -43,10 +43,12 @@ class Checkpointer:
     CheckpointError: the folder can't be made or written.
 
   Example:
-    >>> with Checkpointer(workdir / "ckpt") as ckpt:  # doctest: +SKIP
-    ...   restored = ckpt.restore(target)
-    ...   step, state = (0, init()) if restored is None else restored
-    ...   ckpt.save(step, state)
+    >>> state = {"step": jnp.asarray(7), "params": {"w": jnp.arange(3.0)}}
+    >>> with Checkpointer("ckpt") as ckpt:
+    ...   ckpt.save(7, state)  # written by a thread
+    ...   step, restored = ckpt.restore(state)
+    >>> step, restored["params"]["w"].tolist()
+    (7, [0.0, 1.0, 2.0])
   """
 
   def __init__(
@@ -271,6 +273,13 @@ def restore_params(
 
   Raises:
     CheckpointError: there is no checkpoint, or none that can be trusted.
+
+  Example:
+    >>> with Checkpointer("ckpt") as ckpt:
+    ...   ckpt.save(7, {"params": {"w": jnp.arange(3.0)}, "opt_state": 0})
+    >>> step, params = restore_params("ckpt")
+    >>> step, params["w"].tolist()
+    (7, [0.0, 1.0, 2.0])
   """
   directory = pathlib.Path(directory).absolute()
   found, _ = _agree(lambda: steps.find(directory, step))

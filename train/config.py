@@ -32,7 +32,12 @@ class ConfigError(ValueError):
 
 
 def recipe_names() -> list[str]:
-  """The names that `--config` takes."""
+  """The names that `--config` takes.
+
+  Example:
+    >>> "quickstart" in recipe_names()
+    True
+  """
   package = importlib.import_module(RECIPES)
   return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
@@ -73,7 +78,12 @@ def load(config: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def choose(variants: dict[str, Any], variant: str) -> Any:
-  """`variants[variant]()`, or a ConfigError that names the nearest variant."""
+  """`variants[variant]()`, or a ConfigError that names the nearest variant.
+
+  Example:
+    >>> choose({"full": lambda: 600, "smoke": lambda: 8}, "smoke")
+    8
+  """
   if variant not in variants:
     raise ConfigError(f"no variant {variant!r}{nearest(variant, variants)}")
   return variants[variant]()
@@ -84,6 +94,11 @@ def override(job: Any, overrides: Iterable[str]) -> Any:
 
   Fields of one object are set together, so that sizes which depend on each
   other can change at once; of one name given twice the later value holds.
+
+  Example:
+    >>> from isthmus.train.mesh import Mesh
+    >>> override(Mesh(), ["fsdp=4", "model=2"])
+    Mesh(data=-1, fsdp=4, model=2, seq=1)
   """
   tree: dict[str, Any] = {}
   for item in overrides:
@@ -104,12 +119,23 @@ def override(job: Any, overrides: Iterable[str]) -> Any:
 
 
 def flatten(job: Any) -> dict[str, str]:
-  """The resolved settings as `dotted.name -> text`, for files and compares."""
+  """The resolved settings as `dotted.name -> text`, for files and compares.
+
+  Example:
+    >>> from isthmus.train.mesh import Mesh
+    >>> flatten(Mesh(fsdp=4))
+    {'job': 'Mesh', 'data': '-1', 'fsdp': '4', 'model': '1', 'seq': '1'}
+  """
   return dict(_flatten(job, ""))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """`; did you mean 'x'?`, or the names that there are."""
+  """`; did you mean 'x'?`, or the names that there are.
+
+  Example:
+    >>> nearest("quikstart", ["quickstart", "toy"])
+    "; did you mean 'quickstart'?"
+  """
   names = [str(n) for n in names]
   near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
   if near:
@@ -246,6 +272,13 @@ def parse(text: str, hint: Any, full: str, old: Any = None) -> Any:
   An int serves as a float, a bool never as a number; a dtype is given by its
   name; a list or tuple serves as either. `old` tells a dtype field apart
   where the annotation alone can't.
+
+  Example:
+    >>> parse("3", float | None, "clip")
+    3.0
+    >>> parse("True", int, "steps")
+    Traceback (most recent call last):
+    isthmus.train.config.ConfigError: --set steps=True: int is wanted
   """
   if text != "None" and _is_dtype(old, hint):
     try:

@@ -25,7 +25,16 @@ PACKAGES = (
 
 
 def report() -> Iterator[str]:
-  """Lines for a person, and for an issue's text."""
+  """Lines for a person, and for an issue's text.
+
+  Example:
+    >>> for line in report():
+    ...   print(line)
+    python 3... on ...
+    isthmus ...
+    ...
+    attention, bfloat16, causal: ...
+  """
   from isthmus.train import peak
 
   yield f"python {platform.python_version()} on {platform.machine()}"

@@ -64,6 +64,12 @@ def export_safetensors(
   Raises:
     ValueError: a leaf that the format can't hold, or metadata that aren't
       strings.
+
+  Example:
+    >>> params = {"mlp": {"kernel": jnp.ones((2, 3), jnp.bfloat16)}}
+    >>> export_safetensors("model.safetensors", params)
+    >>> load_safetensors("model.safetensors")["mlp"]["kernel"].dtype
+    dtype(bfloat16)
   """
   path = pathlib.Path(path)
   for key, value in (metadata or {}).items():
@@ -120,6 +126,11 @@ def load_safetensors(path: str | pathlib.Path) -> dict[str, Any]:
 
   Raises:
     SafetensorsError: the file is damaged or is something else.
+
+  Example:
+    >>> export_safetensors("model.safetensors", {"mlp": {"kernel": jnp.eye(2)}})
+    >>> load_safetensors("model.safetensors")["mlp"]["kernel"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
   """
   path = pathlib.Path(path)
   header = _read_header(path)

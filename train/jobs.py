@@ -56,6 +56,26 @@ class Fit:
     profile: (first, last) steps of a profiler trace, counted from 0, `last`
       left out; or None.
     report: what to make of the finished run: comparisons, plots, samples.
+
+  Example:
+    >>> from isthmus.data.source import Arrays
+    >>> from isthmus.nets.mlp import Mlp
+    >>> from isthmus.train.tasks.classify import Classify
+    >>> rows = {
+    ...   "image": np.eye(8, dtype=np.float32),
+    ...   "label": np.arange(8, dtype=np.int32),
+    ... }
+    >>> job = Fit(
+    ...   model=Mlp(16),  # as many logits as inputs
+    ...   task=Classify(),
+    ...   data=Arrays(train=rows, eval=rows),
+    ...   optimizer=Optimizer(learning_rate=0.1),
+    ...   steps=20,
+    ...   batch_size=8,
+    ... )
+    >>> results = job.run("runs/identity")
+    >>> results["step"], results["eval/accuracy"]
+    (20.0, 1.0)
   """
 
   model: nn.Module
@@ -154,6 +174,15 @@ class Generate:
       probability reaches p; None keeps all.
     seed: of the samples.
     step: the checkpoint; None is the last good one.
+
+  Example:
+    >>> from isthmus.data.tokenizer import Bytes
+    >>> from isthmus.nets.transformer import Decoder
+    >>> model = Decoder(vocab_size=257, width=8, depth=1, num_heads=2)
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> job = Generate(model=model, tokenizer=Bytes(), prompt="def ", length=5)
+    >>> len(job.text(params)) <= 5  # untrained, so it writes noise
+    True
   """
 
   model: nn.Module
@@ -219,6 +248,13 @@ class Case:
     arguments: makes the arrays; random, for kernels run faster on zeros.
     flops: floating-point operations of a call, or None.
     bytes: bytes a call must move, or None.
+
+  Example:
+    >>> def squares():
+    ...   return jax.random.normal(jax.random.key(0), (2, 64, 64))
+    >>> case = Case(function=jnp.dot, arguments=squares, flops=2 * 64**3)
+    >>> case.function(*case.arguments()).shape
+    (64, 64)
   """
 
   function: Callable[..., Any]
@@ -236,6 +272,18 @@ class Bench:
       allocated before its turn.
     rounds: times the whole list is gone through; the median is reported.
     calls: calls timed together in a round.
+
+  Example:
+    >>> def product():
+    ...   return Case(
+    ...     function=jnp.dot,
+    ...     arguments=lambda: (jnp.eye(64), jnp.eye(64)),
+    ...     flops=2 * 64**3,
+    ...   )
+    >>> results = Bench(cases={"product": product}, rounds=1).run("runs/bench")
+    product ... ms ... TF/s
+    >>> sorted(results)
+    ['product/ms', 'product/tflops']
   """
 
   cases: Mapping[str, Callable[[], Case]]

@@ -11,7 +11,12 @@ _NUMBERS = (bool, int, float, complex)
 
 
 def flatten(tree: Any, *, prefix: Name = ()) -> dict[Name, Any]:
-  """The tree's leaves by name: `("params", "mlp", "kernel") -> leaf`."""
+  """The tree's leaves by name: `("params", "mlp", "kernel") -> leaf`.
+
+  Example:
+    >>> flatten({"mlp": {"kernel": 1.0}})
+    {('mlp', 'kernel'): 1.0}
+  """
   named: dict[Name, Any] = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     parts = (jax.tree_util.keystr((k,), simple=True) for k in path)
@@ -25,7 +30,12 @@ def flatten(tree: Any, *, prefix: Name = ()) -> dict[Name, Any]:
 
 
 def nest(named: dict[Name, Any]) -> Any:
-  """Named leaves as nested dicts."""
+  """Named leaves as nested dicts.
+
+  Example:
+    >>> nest({("mlp", "up"): 1.0, ("mlp", "down"): 2.0})
+    {'mlp': {'up': 1.0, 'down': 2.0}}
+  """
   if () in named:
     return named[()]
   tree: dict[str, Any] = {}
@@ -38,20 +48,37 @@ def nest(named: dict[Name, Any]) -> Any:
 
 
 def pick(tree: dict[str, Any], name: Name) -> Any:
-  """The leaf of that name in nested dicts."""
+  """The leaf of that name in nested dicts.
+
+  Example:
+    >>> pick({"mlp": {"kernel": 1.0}}, ("mlp", "kernel"))
+    1.0
+  """
   for part in name:
     tree = tree[part]
   return tree
 
 
 def is_key(leaf: Any) -> bool:
-  """Whether the leaf is an array of typed PRNG keys, or stands for one."""
+  """Whether the leaf is an array of typed PRNG keys, or stands for one.
+
+  Example:
+    >>> is_key(jax.random.key(0)), is_key(jnp.zeros(2))
+    (True, False)
+  """
   dtype = getattr(leaf, "dtype", None)
   return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def describe(leaf: Any) -> dict[str, Any]:
-  """Shape and dtype as JSON; of a key also the generator."""
+  """Shape and dtype as JSON; of a key also the generator.
+
+  Example:
+    >>> describe(jnp.zeros((2, 3)))
+    {'shape': [2, 3], 'dtype': 'float32'}
+    >>> describe(jax.random.key(0))["generator"]
+    'threefry2x32'
+  """
   if isinstance(leaf, _NUMBERS):
     leaf = np.asarray(leaf)
   entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -61,7 +88,15 @@ def describe(leaf: Any) -> dict[str, Any]:
 
 
 def store(name: Name, leaf: Any) -> jax.Array | np.ndarray:
-  """The leaf as Orbax takes it; refuses what is no array of numbers."""
+  """The leaf as Orbax takes it; refuses what is no array of numbers.
+
+  Example:
+    >>> store(("key",), jax.random.key(7)).tolist()
+    [0, 7]
+    >>> store(("name",), "text")
+    Traceback (most recent call last):
+    ValueError: name is str; a checkpoint holds arrays
+  """
   if isinstance(leaf, jax.Array):
     if leaf.is_deleted():
       raise ValueError(f"{'/'.join(name)} was donated; save before the step")
@@ -84,6 +119,11 @@ def mismatch(held: dict[Name, Any], wanted: dict[Name, Any]) -> str | None:
   Args:
     held: name -> `describe`d leaf of the checkpoint.
     wanted: name -> leaf of the target.
+
+  Example:
+    >>> held = {("w",): describe(jnp.zeros(3))}
+    >>> mismatch(held, {("w",): jnp.zeros(4)})
+    'w is float32[3] in the checkpoint, float32[4] in the target'
   """
   wrong = []
   for name in [*wanted, *(n for n in held if n not in wanted)]:
@@ -100,7 +140,13 @@ def mismatch(held: dict[Name, Any], wanted: dict[Name, Any]) -> str | None:
 
 
 def template(name: Name, leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-  """What Orbax is asked for, to restore a leaf of the target."""
+  """What Orbax is asked for, to restore a leaf of the target.
+
+  Example:
+    >>> wanted = template(("key",), jax.random.key(0))
+    >>> wanted.shape, wanted.dtype
+    ((2,), dtype('uint32'))
+  """
   if _on_host(leaf):
     entry = describe(leaf)
     return np.empty(entry["shape"], entry["dtype"])
@@ -123,6 +169,12 @@ def restore(name: Name, got: Any, want: Any, held: dict[str, Any]) -> Any:
 
   Raises:
     ValueError: the array read isn't the one described.
+
+  Example:
+    >>> saved = jnp.arange(3.0)
+    >>> read = np.asarray(saved)
+    >>> restore(("w",), read, np.zeros(3), describe(saved)).tolist()
+    [0.0, 1.0, 2.0]
   """
   if _on_host(want):
     array = np.zeros(held["shape"], held["dtype"]) if got is None else got

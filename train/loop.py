@@ -39,6 +39,12 @@ def due(step: int, every: int | None, last: int) -> bool:
   """Whether something done every `every` steps, and at the end, is due.
 
   `step` counts the steps done; `None` means at the end only, 0 never.
+
+  Example:
+    >>> [step for step in range(1, 8) if due(step, 3, last=7)]
+    [3, 6, 7]
+    >>> [step for step in range(1, 8) if due(step, None, last=7)]
+    [7]
   """
   if every == 0:
     return False

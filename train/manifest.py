@@ -36,6 +36,14 @@ def write(
     step: its step.
     leaves: name, shape and dtype of each array.
     extra: JSON values kept beside the arrays.
+
+  Example:
+    >>> path = pathlib.Path("7")
+    >>> path.mkdir()
+    >>> _ = (path / "data").write_bytes(b"abc")
+    >>> write(path, step=7, leaves=[], extra={"note": "first"})
+    >>> read(path, step=7)["files"]["data"]["size"]
+    3
   """
   files = {}
   for name in _names(path):
@@ -63,6 +71,16 @@ def read(path: pathlib.Path, *, step: int) -> dict[str, Any]:
 
   Raises:
     DamageError: it is missing, is no manifest, or was changed.
+
+  Example:
+    >>> path = pathlib.Path("7")
+    >>> path.mkdir()
+    >>> read(path, step=7)
+    Traceback (most recent call last):
+    isthmus.train.manifest.DamageError: the folder is empty
+    >>> write(path, step=7, leaves=[], extra={"note": "first"})
+    >>> read(path, step=7)["extra"]
+    {'note': 'first'}
   """
   try:
     text = (path / NAME).read_bytes()
@@ -95,6 +113,16 @@ def verify(path: pathlib.Path, *, step: int) -> dict[str, Any]:
 
   Raises:
     DamageError: names the first file that is missing or was changed.
+
+  Example:
+    >>> path = pathlib.Path("7")
+    >>> path.mkdir()
+    >>> _ = (path / "data").write_bytes(b"abc")
+    >>> write(path, step=7, leaves=[], extra=None)
+    >>> _ = (path / "data").write_bytes(b"abd")  # the size is the same
+    >>> verify(path, step=7)
+    Traceback (most recent call last):
+    isthmus.train.manifest.DamageError: data: its SHA-256 changed, ...
   """
   body = read(path, step=step)
   files = sorted(body["files"].items())
@@ -119,7 +147,13 @@ def verify(path: pathlib.Path, *, step: int) -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Replaces a file at once: a reader sees the old one or the new one."""
+  """Replaces a file at once: a reader sees the old one or the new one.
+
+  Example:
+    >>> write_text(pathlib.Path("note.txt"), "whole, or not at all")
+    >>> pathlib.Path("note.txt").read_text()
+    'whole, or not at all'
+  """
   part = path.with_name(path.name + ".part")
   try:
     with part.open("w", encoding="utf-8") as file:
@@ -135,7 +169,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def sync(folder: pathlib.Path) -> None:
-  """Flushes a folder's entries to disk, where the system can do that."""
+  """Flushes a folder's entries to disk, where the system can do that.
+
+  Example:
+    >>> _ = pathlib.Path("data").write_bytes(b"abc")
+    >>> sync(pathlib.Path())  # a power cut no longer loses the file's name
+    >>> pathlib.Path("data").read_bytes()
+    b'abc'
+  """
   try:
     handle = os.open(folder, os.O_RDONLY)
   except OSError:

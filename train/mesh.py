@@ -78,7 +78,13 @@ class Mesh:
 
 
 def path_name(path: Sequence[Any]) -> str:
-  """`params/block_00/mlp/up/kernel` for a path of jax.tree_util."""
+  """`params/block_00/mlp/up/kernel` for a path of jax.tree_util.
+
+  Example:
+    >>> tree = {"block_00": {"mlp": {"kernel": 1.0}}}
+    >>> [path_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    ['block_00/mlp/kernel']
+  """
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
@@ -97,6 +103,13 @@ def shardings(tree: Any, rules: Rules, mesh: jax.sharding.Mesh) -> Any:
   Raises:
     ValueError: a rule that finds nothing, a spec that is longer than a
       leaf's shape, an axis that doesn't divide, or an axis the mesh lacks.
+
+  Example:
+    >>> mesh = Mesh(data=1, fsdp=-1).build()
+    >>> tree = {"kernel": jnp.zeros((16, 4)), "scale": jnp.ones(4)}
+    >>> placed = shardings(tree, [("kernel$", P("fsdp", None))], mesh)
+    >>> placed["kernel"].spec, placed["scale"].spec
+    (P('fsdp', None), P())
   """
   used = [False] * len(rules)
 
@@ -147,7 +160,14 @@ def _align(name, shape, spec, mesh) -> PartitionSpec:
 
 
 def structs(tree: Any, placed: Any) -> Any:
-  """ShapeDtypeStructs that carry shardings: what a checkpoint restores into."""
+  """ShapeDtypeStructs that carry shardings: what a checkpoint restores into.
+
+  Example:
+    >>> tree = {"w": jnp.zeros(4)}
+    >>> target = structs(tree, shardings(tree, [], Mesh().build()))
+    >>> target["w"].shape, target["w"].sharding.spec
+    ((4,), P())
+  """
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree,

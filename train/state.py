@@ -26,6 +26,17 @@ class TrainState:
     mutables: the model's other collections (running statistics).
     key: the run's typed key; step `i` uses `fold_in(key, i)`.
     ema: running average of the parameters, or None.
+
+  Example:
+    >>> state = TrainState(
+    ...   step=jnp.zeros((), jnp.int32),
+    ...   params={"w": jnp.ones(3)},
+    ...   opt_state=(),
+    ...   mutables={},
+    ...   key=jax.random.key(0),
+    ... )
+    >>> jax.tree.map(jnp.shape, state.params)
+    {'w': (3,)}
   """
 
   step: Any
@@ -48,7 +59,15 @@ def make_init(
   seed: int,
   ema: float | None = None,
 ) -> Callable[[], TrainState]:
-  """A pure function that makes the first state; jit it with out_shardings."""
+  """A pure function that makes the first state; jit it with out_shardings.
+
+  Example:
+    >>> from isthmus.train.tasks.classify import Classify
+    >>> batch = {"image": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    >>> init = make_init(nn.Dense(2), Classify(), optax.sgd(0.1), batch, seed=0)
+    >>> jax.tree.map(jnp.shape, init().params)
+    {'bias': (2,), 'kernel': (4, 2)}
+  """
 
   def init() -> TrainState:
     params_key, run_key = jax.random.split(jax.random.key(seed))
@@ -92,6 +111,16 @@ def make_step(
   Returns:
     A function to jit with the state donated. Metrics are `loss`, `grad_norm`
     and the task's own, all float32 scalars.
+
+  Example:
+    >>> from isthmus.nets.mlp import Mlp
+    >>> from isthmus.train.tasks.classify import Classify
+    >>> batch = {"image": jnp.eye(4), "label": jnp.arange(4)}
+    >>> parts = Mlp(16), Classify(), optax.sgd(0.1)
+    >>> state = make_init(*parts, jax.eval_shape(lambda: batch), seed=0)()
+    >>> state, metrics = make_step(*parts)(state, batch)
+    >>> int(state.step), sorted(metrics)
+    (1, ['accuracy', 'grad_norm', 'loss'])
   """
 
   def gradient(params, mutables, batch, key):

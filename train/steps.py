@@ -26,7 +26,14 @@ class RunError(CheckpointError):
 
 
 def numbers(directory: pathlib.Path) -> list[int]:
-  """Every step there is something of, whole or not, ascending."""
+  """Every step there is something of, whole or not, ascending.
+
+  Example:
+    >>> for name in ("3", "12", "15.pending"):
+    ...   pathlib.Path(name).mkdir()
+    >>> numbers(pathlib.Path())
+    [3, 12]
+  """
   if not directory.is_dir():
     return []
   names = (p.name for p in directory.iterdir())
@@ -34,7 +41,15 @@ def numbers(directory: pathlib.Path) -> list[int]:
 
 
 def finished(directory: pathlib.Path) -> list[int]:
-  """The steps that have a manifest, ascending."""
+  """The steps that have a manifest, ascending.
+
+  Example:
+    >>> pathlib.Path("3").mkdir()
+    >>> pathlib.Path("12").mkdir()
+    >>> manifest.write(pathlib.Path("12"), step=12, leaves=[], extra=None)
+    >>> finished(pathlib.Path())
+    [12]
+  """
   return [
     s
     for s in numbers(directory)
@@ -43,7 +58,12 @@ def finished(directory: pathlib.Path) -> list[int]:
 
 
 def pending(directory: pathlib.Path, step: int) -> pathlib.Path:
-  """Where a step is written before it counts."""
+  """Where a step is written before it counts.
+
+  Example:
+    >>> pending(pathlib.Path("ckpt"), 15).name
+    '15.pending'
+  """
   return directory / f"{step}.pending"
 
 
@@ -61,6 +81,15 @@ def find(
 
   Raises:
     CheckpointError: there are steps, or there should be one, and none is good.
+
+  Example:
+    >>> for step in (3, 12):
+    ...   path = pathlib.Path(str(step))
+    ...   path.mkdir()
+    ...   manifest.write(path, step=step, leaves=[], extra=None)
+    >>> _ = pathlib.Path("12", "MANIFEST.json").write_text("{}")
+    >>> find(pathlib.Path(), None)  # says on stderr what is wrong with 12
+    (3, [12])
   """
   try:
     there = numbers(directory)
@@ -91,7 +120,13 @@ def find(
 
 
 def refusal(directory: pathlib.Path, damage: dict[int, DamageError]) -> str:
-  """Says of each step what is wrong with it, and what can be done."""
+  """Says of each step what is wrong with it, and what can be done.
+
+  Example:
+    >>> damage = {12: DamageError("data: missing")}
+    >>> refusal(pathlib.Path("ckpt"), damage)
+    'no checkpoint to trust in ckpt: step 12: data: missing; put a copy ...'
+  """
   reasons = "; ".join(f"step {s}: {e}" for s, e in damage.items())
   others = [s for s in finished(directory) if s not in damage]
   instead = f"restore step {others[-1]}, " if others else ""
@@ -106,6 +141,12 @@ def commit(directory: pathlib.Path, step: int) -> None:
 
   The old one goes only when the new one, which is whole, has its name: a kill
   in between is made good by `tidy`.
+
+  Example:
+    >>> pathlib.Path("15.pending").mkdir()
+    >>> commit(pathlib.Path(), 15)
+    >>> numbers(pathlib.Path())
+    [15]
   """
   final, old = directory / str(step), directory / f"{step}.replaced"
   if final.exists():
@@ -132,6 +173,15 @@ def prune(
     keep: how many of the highest steps stay.
     keep_every: multiples of this stay.
     damaged: steps that don't count, and aren't deleted either.
+
+  Example:
+    >>> for step in (1, 2, 3, 4):
+    ...   path = pathlib.Path(str(step))
+    ...   path.mkdir()
+    ...   manifest.write(path, step=step, leaves=[], extra=None)
+    >>> prune(pathlib.Path(), newest=4, keep=1, keep_every=2, damaged=set())
+    >>> finished(pathlib.Path())
+    [2, 4]
   """
   steps = [s for s in finished(directory) if s not in damaged]
   kept = {newest, *steps[-keep:]}
@@ -146,7 +196,14 @@ def prune(
 
 
 def tidy(directory: pathlib.Path) -> None:
-  """Finishes what a kill left complete, and removes what it left half done."""
+  """Finishes what a kill left complete, and removes what it left half done.
+
+  Example:
+    >>> pathlib.Path("15.pending").mkdir()  # a save that a kill cut off
+    >>> tidy(pathlib.Path())
+    >>> list(pathlib.Path().glob("15*"))
+    []
+  """
   for path in list(directory.glob("*.pending")):
     if path.stem.isdecimal() and (path / manifest.NAME).is_file():
       commit(directory, int(path.stem))
@@ -159,7 +216,14 @@ def tidy(directory: pathlib.Path) -> None:
 
 
 def remove(path: pathlib.Path) -> None:
-  """Deletes a file or a folder with all that is in it, if it is there."""
+  """Deletes a file or a folder with all that is in it, if it is there.
+
+  Example:
+    >>> pathlib.Path("9.deleted", "d").mkdir(parents=True)
+    >>> remove(pathlib.Path("9.deleted"))
+    >>> pathlib.Path("9.deleted").exists()
+    False
+  """
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:

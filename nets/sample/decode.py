@@ -50,6 +50,15 @@ def generate(
 
   Raises:
     ValueError: a setting outside its range.
+
+  Example:
+    >>> from isthmus.nets.transformer import Decoder
+    >>> model = Decoder(vocab_size=16, width=8, depth=1, num_heads=2)
+    >>> prompt = jnp.array([[3, 1, 4]])
+    >>> params = model.init(jax.random.key(0), prompt)["params"]
+    >>> key = jax.random.key(1)
+    >>> generate(model, params, prompt, length=5, key=key).shape
+    (1, 5)
   """
   if length < 1:
     raise ValueError(f"length is {length}; it is at least 1")
@@ -93,6 +102,10 @@ def filter_logits(
     top_k: keeps the k largest (of equal ones the first).
     top_p: of these, keeps the fewest of the largest whose share of their
       probability is at least p; always one.
+
+  Example:
+    >>> filter_logits(jnp.array([[3.0, 1.0, 2.0]]), top_k=2).tolist()
+    [[3.0, -inf, 2.0]]
 
   Reference: https://arxiv.org/abs/1904.09751 (top_p)
   """

@@ -11,13 +11,23 @@ _START = 256
 
 
 def gzip_bits(documents: Sequence[bytes]) -> float:
-  """Bits a byte of `gzip -9` on the documents joined into one stream."""
+  """Bits a byte of `gzip -9` on the documents joined into one stream.
+
+  Example:
+    >>> gzip_bits([b"to be, or not to be"] * 100) < 1
+    True
+  """
   text = b"".join(documents)
   return 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
 
 
 def xz_bits(documents: Sequence[bytes]) -> float:
-  """Bits a byte of `xz -9` on the documents joined into one stream."""
+  """Bits a byte of `xz -9` on the documents joined into one stream.
+
+  Example:
+    >>> xz_bits([b"to be, or not to be"] * 100) < 1
+    True
+  """
   text = b"".join(documents)
   return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
@@ -45,6 +55,10 @@ def ngram_bits(
 
   Returns:
     Mean of -log2 p over the bytes of `held_out`.
+
+  Example:
+    >>> f"{ngram_bits([b'abracadabra'], [b'abra'], order=2):.2f}"
+    '0.86'
 
   Reference: Kneser and Ney, "Improved backing-off for m-gram language
     modeling", 1995; interpolated form of Chen and Goodman, 1999.

@@ -32,6 +32,12 @@ class Optimizer:
     decays: regex; parameters whose path it finds are decayed.
     clip: bound on the global norm of the gradient, or None.
 
+  Example:
+    >>> optimizer = Optimizer(learning_rate=0.01, warmup=10, final=0.1)
+    >>> rate = optimizer.schedule(100)
+    >>> [f"{rate(step):.3f}" for step in (0, 9, 100)]
+    ['0.001', '0.010', '0.001']
+
   Reference: Loshchilov and Hutter, "Decoupled weight decay regularization",
     2019.
   """

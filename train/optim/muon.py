@@ -33,6 +33,16 @@ def scale_by_muon(
     share: Adam's learning rate as a share of Muon's.
     b1, b2: Adam's decays.
 
+  Example:
+    >>> import jax.numpy as jnp
+    >>> params = {"kernel": jnp.zeros((4, 4))}
+    >>> tx = scale_by_muon()
+    >>> gradient = {"kernel": jnp.diag(jnp.array([1.0, 2.0, 4.0, 8.0]))}
+    >>> update, _ = tx.update(gradient, tx.init(params), params)
+    >>> size = jnp.abs(jnp.diag(update["kernel"]))  # all near 1
+    >>> bool((size > 0.6).all() and (size < 1.3).all())
+    True
+
   Reference: Jordan et al., "Muon: an optimizer for hidden layers in neural
     networks", 2024; optax.contrib.muon.
   """

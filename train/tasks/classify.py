@@ -21,6 +21,20 @@ class Classify:
 
   Attributes:
     smoothing: weight of the uniform distribution in the target.
+
+  Example:
+    >>> task, model = Classify(), nn.Dense(2)
+    >>> batch = {
+    ...   "image": jnp.eye(4),
+    ...   "label": jnp.array([0, 1, 0, 1]),
+    ...   "valid": jnp.array([1.0, 1.0, 1.0, 0.0]),  # the last row is padding
+    ... }
+    >>> params = task.init(model, batch, jax.random.key(0))["params"]
+    >>> sums = task.evaluate(model, params, {}, batch)
+    >>> float(sums["rows"])
+    3.0
+    >>> task.summarize({"nats": 6.0, "hits": 2.0, "rows": 3.0})["loss"]
+    2.0
   """
 
   smoothing: float = 0.0
@@ -32,6 +46,7 @@ class Classify:
       )
 
   def init(self, model: nn.Module, batch: Batch, key: PRNGKeyArray):
+    """The model's variables, of an image's shape."""
     return model.init(key, batch["image"])
 
   def loss(
@@ -42,6 +57,7 @@ class Classify:
     batch: Batch,
     key: PRNGKeyArray,
   ) -> tuple[Float[Array, ""], Aux]:
+    """Mean cross-entropy in nats, with the accuracy beside it."""
     out, new = model.apply(
       {"params": params, **mutables},
       batch["image"],
@@ -59,6 +75,7 @@ class Classify:
   def evaluate(
     self, model: nn.Module, params: Any, mutables: dict[str, Any], batch: Batch
   ) -> Sums:
+    """Sums over the valid rows: nats, hits, rows."""
     out = model.apply({"params": params, **mutables}, batch["image"])
     logits, valid = _logits(out), batch["valid"].astype(jnp.float32)
     hits = (logits.argmax(-1) == batch["label"]) * valid
@@ -66,6 +83,7 @@ class Classify:
     return {"nats": nats.sum(), "hits": hits.sum(), "rows": valid.sum()}
 
   def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+    """`loss` in nats a row, and `accuracy`."""
     return {
       "loss": sums["nats"] / sums["rows"],
       "accuracy": sums["hits"] / sums["rows"],
@@ -74,6 +92,7 @@ class Classify:
   def throughput(
     self, model: nn.Module, batch_shapes: dict[str, tuple[int, ...]]
   ) -> tuple[str, int, float]:
+    """Images, and the model's `flops_per_row` if it has that."""
     rows, *shape = batch_shapes["image"]
     flops = getattr(model, "flops_per_row", None)
     return "images", rows, rows * flops(tuple(shape)) if flops else math.nan

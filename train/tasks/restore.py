@@ -109,6 +109,7 @@ class Restore:
   corruption: Corruption = Noise()
 
   def init(self, model: nn.Module, batch: Batch, key: PRNGKeyArray):
+    """The model's variables, of an image's shape."""
     return model.init(key, batch["image"])
 
   def loss(
@@ -119,6 +120,7 @@ class Restore:
     batch: Batch,
     key: PRNGKeyArray,
   ) -> tuple[Float[Array, ""], Aux]:
+    """Mean squared error with new corruption for each row."""
     image = batch["image"]
     noise, dropout = jax.random.split(key)
     keys = jax.random.split(noise, len(image))
@@ -136,6 +138,7 @@ class Restore:
   def evaluate(
     self, model: nn.Module, params: Any, mutables: dict[str, Any], batch: Batch
   ) -> Sums:
+    """Sums over the valid rows: mse, psnr, psnr_input, rows."""
     image, valid = batch["image"], batch["valid"].astype(jnp.float32)
     corrupted = jax.vmap(self.corruption)(image, _keys(image))
     out = model.apply({"params": params, **mutables}, corrupted, train=False)
@@ -148,6 +151,7 @@ class Restore:
     }
 
   def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+    """Means over the rows."""
     rows = sums["rows"]
     return {
       "loss": sums["mse"] / rows,
@@ -158,6 +162,7 @@ class Restore:
   def throughput(
     self, model: nn.Module, batch_shapes: dict[str, tuple[int, ...]]
   ) -> tuple[str, int, float]:
+    """Images, and the model's `flops_per_row` if it has that."""
     rows, *shape = batch_shapes["image"]
     flops = getattr(model, "flops_per_row", None)
     return "images", rows, rows * flops(tuple(shape)) if flops else math.nan

@@ -21,6 +21,11 @@ class Aux:
       micro-batches combine to the mean of the whole batch.
     metrics: scalars to log, means over the same weight.
     mutables: the model's collections other than `params`, after the step.
+
+  Example:
+    >>> aux = Aux(weight=jnp.asarray(8.0))  # a mean over 8 rows
+    >>> [float(x) for x in jax.tree.leaves(aux)]
+    [8.0]
   """
 
   weight: Float[Array, ""]
