@@ -14,10 +14,12 @@ else:
   from isthmus.data.mnist import FashionMnist, Mnist5k
   from isthmus.data.npz import Npz
   from isthmus.data.permutation import permute
+  from isthmus.data.photos import Photographs
   from isthmus.data.source import Arrays, ArraySource, Dataset, Source
   from isthmus.data.text import Text, TextFiles
   from isthmus.data.tfds import Tfds
   from isthmus.data.tokenizer import Bytes, Tokenizer
+  from isthmus.data.video import VideoClips
   from isthmus.data.volume import BrainVolume, NiftiFolder
 
   __version__ = version("isthmus")
@@ -34,11 +36,13 @@ else:
     "Mnist5k",
     "NiftiFolder",
     "Npz",
+    "Photographs",
     "PythonLibrary",
     "Source",
     "Text",
     "TextFiles",
     "Tfds",
     "Tokenizer",
+    "VideoClips",
     "permute",
   ]
