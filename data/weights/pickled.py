@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from isthmus.data.weights.file import WeightsError, quote
 
-_MOST_OPCODES = 1 << 19  # about a second
+_MOST_OPCODES = 1 << 18  # seven thousand tensors; well below a second
 _LARGEST_KEY = 1 << 60  # integers from 2^61 - 1 may be chosen to collide
 _ORDERED = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
@@ -82,12 +82,8 @@ class View:
   strides: tuple[int, ...]
 
 
-class _Mark:
-  """What MARK leaves on the stack."""
-
-
 def interpret(path: pathlib.Path, program: bytes) -> tuple[Any, int]:
-  """What a pickle describes.
+  r"""What a pickle describes.
 
   Args:
     path: named in errors.
@@ -99,17 +95,72 @@ def interpret(path: pathlib.Path, program: bytes) -> tuple[Any, int]:
 
   Raises:
     WeightsError: it is damaged, too long, or names anything but tensors.
+
+  Example:
+    >>> interpret(pathlib.Path("w.pth"), b"\x80\x02K\x01K\x02\x86.")
+    ((1, 2), 8)
   """
-  machine = _Machine(path)
+  steps = _Steps(path)
   number = at = 0
+  stack: list[Any] = []  # since the last mark
+  below: list[list[Any]] = []  # what lies under each mark
+  memo: dict[int, Any] = {}
   try:
     for opcode, argument, at in pickletools.genops(program):
+      name = opcode.name
       number += 1
       if number > _MOST_OPCODES:
-        machine.fail(f"a pickle of more than {_MOST_OPCODES} opcodes")
-      if opcode.name == "STOP":
-        return machine.result(), (at or 0) + 1
-      machine.step(opcode.name, argument)
+        steps.fail(f"a pickle of more than {_MOST_OPCODES} opcodes")
+      if name in _VALUES:
+        stack.append(argument)
+      elif name in ("BINPUT", "LONG_BINPUT"):
+        memo[argument] = stack[-1]
+      elif name == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
+      elif name in ("BINGET", "LONG_BINGET"):
+        if argument not in memo:
+          steps.fail(f"a pickle that asks for memo {argument}, never set")
+        stack.append(memo[argument])
+      elif name in _CONSTANTS:
+        stack.append(_CONSTANTS[name])
+      elif name in _EMPTY:
+        stack.append(_EMPTY[name]())
+      elif name == "MARK":
+        below.append(stack)
+        stack = []
+      elif name in _TUPLES:
+        first = len(stack) - _TUPLES[name]
+        if first < 0:
+          raise IndexError(f"{name} on a stack of {len(stack)}")
+        stack[first:] = [tuple(stack[first:])]
+      elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+        values, stack = stack, below.pop()
+        if name == "TUPLE":
+          stack.append(tuple(values))
+        elif name == "APPENDS":
+          steps.extend(stack[-1], values)
+        else:
+          steps.set(stack[-1], values)
+      elif name == "APPEND":
+        steps.extend(stack[-2], [stack.pop()])
+      elif name == "SETITEM":
+        steps.set(stack[-3], [stack.pop(-2), stack.pop()])
+      elif name == "GLOBAL":
+        stack.append(steps.name(*argument.split(" ", 1)))
+      elif name == "STACK_GLOBAL":
+        stack.append(steps.name(stack.pop(-2), stack.pop()))
+      elif name == "BINPERSID":
+        stack.append(steps.storage(stack.pop()))
+      elif name == "REDUCE":
+        stack.append(steps.call(stack.pop(-2), stack.pop()))
+      elif name == "BUILD":
+        steps.build(stack[-2], stack.pop())
+      elif name == "STOP":
+        if len(stack) != 1 or below:
+          raise IndexError(f"an end with {len(stack)} values, not 1")
+        return stack[0], (at or 0) + 1
+      elif name not in _NOTHING:
+        steps.fail(f"a pickle with the opcode {name}; only tensors are read")
   except WeightsError:
     raise
   except (ValueError, IndexError, OverflowError) as error:
@@ -117,96 +168,26 @@ def interpret(path: pathlib.Path, program: bytes) -> tuple[Any, int]:
     raise WeightsError(
       f"{path}: a damaged pickle, near its byte {at}: {reason}"
     ) from None
-  machine.fail("a pickle without an end")
+  steps.fail("a pickle without an end")
 
 
-class _Machine:
+class _Steps:
+  """What opcodes do that can be refused for their values."""
+
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self._stack: list[Any] = []
-    self._memo: dict[int, Any] = {}
 
   def fail(self, reason: str) -> NoReturn:
     raise WeightsError(f"{self._path}: {reason}")
 
-  def result(self) -> Any:
-    if len(self._stack) != 1:
-      self.fail(f"a pickle that ends with {len(self._stack)} values, not 1")
-    return self._pop()
+  def extend(self, target: Any, values: list[Any]) -> None:
+    if type(target) is not list:
+      self.fail(f"a pickle that appends to a {type(target).__name__}")
+    target.extend(values)
 
-  def step(self, name: str, argument: Any) -> None:
-    """Carries out an opcode, or refuses it."""
-    if name in _VALUES:
-      self._stack.append(argument)
-    elif name in ("BINPUT", "LONG_BINPUT"):
-      self._memo[argument] = self._top()
-    elif name == "MEMOIZE":
-      self._memo[len(self._memo)] = self._top()
-    elif name in ("BINGET", "LONG_BINGET"):
-      if argument not in self._memo:
-        self.fail(f"a pickle that asks for memo {argument}, never set")
-      self._stack.append(self._memo[argument])
-    elif name == "MARK":
-      self._stack.append(_Mark)
-    elif name in _CONSTANTS:
-      self._stack.append(_CONSTANTS[name])
-    elif name in _EMPTY:
-      self._stack.append(_EMPTY[name]())
-    elif name in _TUPLES:
-      values = [self._pop() for _ in range(_TUPLES[name])]
-      self._stack.append(tuple(reversed(values)))
-    elif name == "TUPLE":
-      self._stack.append(tuple(self._since_mark()))
-    elif name in ("APPEND", "APPENDS"):
-      values = [self._pop()] if name == "APPEND" else self._since_mark()
-      self._expect(list, name).extend(values)
-    elif name in ("SETITEM", "SETITEMS"):
-      if name == "SETITEM":
-        values = [self._pop(), self._pop()][::-1]
-      else:
-        values = self._since_mark()
-      self._set(self._expect(dict, name), values)
-    elif name == "GLOBAL":
-      self._name(*argument.split(" ", 1))
-    elif name == "STACK_GLOBAL":
-      attribute, module = self._pop(), self._pop()
-      self._name(module, attribute)
-    elif name == "BINPERSID":
-      self._stack.append(self._storage(self._pop()))
-    elif name == "REDUCE":
-      arguments, function = self._pop(), self._pop()
-      self._stack.append(self._call(function, arguments))
-    elif name == "BUILD":
-      self._build(self._pop())
-    elif name not in _NOTHING:
-      self.fail(f"a pickle with the opcode {name}; only tensors are read")
-
-  def _top(self) -> Any:
-    if not self._stack or self._stack[-1] is _Mark:
-      self.fail("a pickle that takes a value from an empty stack")
-    return self._stack[-1]
-
-  def _pop(self) -> Any:
-    value = self._top()
-    self._stack.pop()
-    return value
-
-  def _since_mark(self) -> list[Any]:
-    values = []
-    while self._stack and self._stack[-1] is not _Mark:
-      values.append(self._stack.pop())
-    if not self._stack:
-      self.fail("a pickle that misses a mark")
-    self._stack.pop()
-    return values[::-1]
-
-  def _expect(self, kind: type, name: str) -> Any:
-    value = self._top()
-    if type(value) is not kind:
-      self.fail(f"a pickle with {name} on a {type(value).__name__}")
-    return value
-
-  def _set(self, target: dict[Any, Any], values: list[Any]) -> None:
+  def set(self, target: Any, values: list[Any]) -> None:
+    if type(target) is not dict:
+      self.fail(f"a pickle that sets a key of a {type(target).__name__}")
     if len(values) % 2:
       self.fail("a pickle with a key that has no value")
     for key, value in zip(values[::2], values[1::2], strict=True):
@@ -217,13 +198,13 @@ class _Machine:
         self.fail(f"the key {quote(key)} comes twice")
       target[key] = value
 
-  def _name(self, module: Any, attribute: Any) -> None:
+  def name(self, module: Any, attribute: Any) -> Global:
     name = f"{module}.{attribute}"
     if name not in _KNOWN:
       self.fail(f"the pickle names {quote(name)[1:-1]}; only tensors are read")
-    self._stack.append(Global(name))
+    return Global(name)
 
-  def _storage(self, saved: Any) -> Storage:
+  def storage(self, saved: Any) -> Storage:
     """Of `("storage", class, key, device, elements[, view])`."""
     match saved:
       case ("storage", Global(name), str(key), str(), int(length), *view) if (
@@ -232,7 +213,7 @@ class _Machine:
         return Storage(key, STORAGES[name], length)
     self.fail(f"a storage that is not understood: {quote(saved)}")
 
-  def _call(self, function: Any, arguments: Any) -> Any:
+  def call(self, function: Any, arguments: Any) -> Any:
     name = function.name if isinstance(function, Global) else quote(function)
     match name, arguments:
       case "collections.OrderedDict", ():
@@ -242,7 +223,7 @@ class _Machine:
         for pair in pairs:
           if type(pair) not in (list, tuple) or len(pair) != 2:
             self.fail(f"an OrderedDict of {quote(pair)}")
-          self._set(found, list(pair))
+          self.set(found, list(pair))
         return found
       case "torch._utils._rebuild_parameter", (View() as view, bool(), {}) if (
         not arguments[2]
@@ -284,9 +265,8 @@ class _Machine:
         )
     return View(storage, offset, tuple(shape), tuple(strides))
 
-  def _build(self, state: Any) -> None:
+  def build(self, target: Any, state: Any) -> None:
     """Attributes: PyTorch gives its OrderedDicts versions of modules."""
-    target = self._top()
     if type(target) is not dict or type(state) is not dict:
       self.fail(f"a pickle with BUILD on a {type(target).__name__}")
     if set(state) - {"_metadata"}:

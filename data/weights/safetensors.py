@@ -162,20 +162,23 @@ class SafetensorsFolder(Weights):
     self.tensors = {n: s.tensors[n] for n, s in self._shards.items()}
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(
+  path: pathlib.Path, *, most: int = _LONGEST_JSON
+) -> dict[str, Any]:
   """A JSON file that holds an object, each key once.
 
   Args:
-    path: the file; at most 10 MB.
+    path: the file.
+    most: bytes that are read at most.
 
   Raises:
     FileNotFoundError: there is none.
     WeightsError: it is longer, or something else.
   """
   data = map_bytes(path)
-  if len(data) > _LONGEST_JSON:
+  if len(data) > most:
     raise WeightsError(
-      f"{path}: {len(data)} bytes of JSON; at most {_LONGEST_JSON} are read"
+      f"{path}: {len(data)} bytes of JSON; at most {most} are read"
     )
   return _parse(path, data.tobytes())
 
