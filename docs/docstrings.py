@@ -44,6 +44,9 @@ def convert(lines: list[str]) -> list[str]:
     indent = len(line) - len(line.lstrip())
     if line.strip() and not indent:
       section, literal = bool(_SECTION.match(line)), False
+    if before in ("Returns:", "Yields:"):
+      # What stands before a colon there would be taken for a type.
+      line = re.sub(r"^([^`]*?[^`:\s]): ", r"\1 – ", line)
     if line.lstrip().startswith(">>>"):
       doctest = True
     elif not line.strip():
