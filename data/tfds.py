@@ -35,7 +35,9 @@ class Tfds:
   Raises:
     ImportError: when opened, where tensorflow_datasets, array_record or
       importlib_resources is missing.
-    ValueError: when opened, a prepared file whose size has changed.
+    ValueError: when opened, a prepared file whose size has changed, or that
+      holds another number of examples than it was prepared with.
+    RuntimeError: when opened or read, a damaged file.
 
   Example:
     >>> data = Tfds("mnist", train="train[:90%]", eval="train[90%:]")
@@ -56,7 +58,10 @@ class Tfds:
     builder = self._prepare()
     name = self.train if split == "train" else self.eval
     data = builder.as_data_source(split=name)
-    return TfdsSource(data, os.fspath(builder.data_dir))
+    folder = os.fspath(builder.data_dir)
+    if not pathlib.Path(folder, _SIZES).exists():  # prepared by someone else
+      _check_counts(builder)
+    return TfdsSource(data, folder)
 
   def _make(self) -> Any:
     tfds = _import()
@@ -116,11 +121,9 @@ class TfdsSource:
   def __getitems__(self, indices: Sequence[int]) -> list[Example]:
     try:
       records = self.data.__getitems__(list(indices))
-    except RuntimeError as error:  # array_record's, for damaged blocks
-      raise RuntimeError(
-        f"cannot read {self.folder} ({error}); delete that folder to have it"
-        " prepared again"
-      ) from error
+    # Damaged blocks, and all that decoders say of damaged examples.
+    except Exception as error:
+      raise _damaged(self.folder, error) from error
     return [_flatten(record) for record in records]
 
 
@@ -135,6 +138,14 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> Example:
   return flat
 
 
+def _damaged(place: str, error: Exception) -> RuntimeError:
+  cause = " ".join(str(error).split()) or type(error).__name__
+  return RuntimeError(
+    f"cannot read {place!r} ({cause}); delete that data set's folder to have"
+    " it prepared again"
+  )
+
+
 def _is_prepared(builder: Any) -> bool:
   return pathlib.Path(builder.data_dir, "dataset_info.json").exists()
 
@@ -145,6 +156,28 @@ def _note_sizes(folder: pathlib.Path) -> None:
   part = folder / f"{_SIZES}.part"
   part.write_text(json.dumps(sizes))
   os.replace(part, folder / _SIZES)
+
+
+def _check_counts(builder: Any) -> None:
+  """A file cut off at a block's end opens, and holds fewer examples."""
+  from array_record.python import array_record_module
+
+  for split in builder.info.splits.values():
+    paths = map(os.fspath, split.filepaths)
+    for path, length in zip(paths, split.shard_lengths, strict=True):
+      if ".array_record" not in pathlib.Path(path).name:
+        continue
+      try:
+        reader = array_record_module.ArrayRecordReader(path)
+        found = reader.num_records()
+        reader.close()
+      except Exception as error:
+        raise _damaged(path, error) from error
+      if found != length:
+        raise ValueError(
+          f"{path!r} holds {found} examples, it was prepared with {length};"
+          f" delete {os.fspath(builder.data_dir)!r} to have it prepared again"
+        )
 
 
 def _checked(builder: Any) -> Any:

@@ -1,5 +1,6 @@
 """TFDS without TensorFlow: own builders, one preparation, damage named."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -90,9 +91,49 @@ def test_flipped_byte_is_named_with_the_remedy(builder, tmp_path):
   content = bytearray(path.read_bytes())
   content[100] ^= 0xFF
   path.write_bytes(content)
-  with pytest.raises(RuntimeError, match="1.0.0.*delete that folder"):
+  with pytest.raises(RuntimeError, match="1.0.0.*delete that data set's fol"):
     source = Tfds(builder, data_dir=tmp_path).open("train")
     source.__getitems__(list(range(20)))
+
+
+@pytest.mark.parametrize("size", [0, 1000, 65536, 65537, 100000, 131071])
+def test_cut_off_file_that_someone_else_prepared(builder, tmp_path, size):
+  """No sizes were noted; cut at 65536, the file opens and is empty."""
+  data = Tfds(builder, data_dir=tmp_path)
+  data.open("train")
+  folder = tmp_path / "squares" / "1.0.0"
+  (folder / "isthmus_sizes.json").unlink()
+  check(data)
+  (path,) = folder.glob("*train*array_record*")
+  assert path.stat().st_size == 131072
+  path.write_bytes(path.read_bytes()[:size])
+  with pytest.raises(RuntimeError, match="train.array_record.*delete") as info:
+    data.open("train")
+  assert "\n" not in str(info.value)
+
+
+def test_fewer_examples_than_were_prepared(builder, tmp_path):
+  data = Tfds(builder, data_dir=tmp_path)
+  data.open("train")
+  folder = tmp_path / "squares" / "1.0.0"
+  (folder / "isthmus_sizes.json").unlink()
+  (train,) = folder.glob("*train*array_record*")
+  (held,) = folder.glob("*test*array_record*")
+  train.write_bytes(held.read_bytes())  # whole, but not the right one
+  with pytest.raises(ValueError, match="train.* holds 5 examples, .* with 20"):
+    data.open("eval")
+
+
+def test_example_that_its_decoder_refuses_is_named(builder, tmp_path):
+  source = Tfds(builder, data_dir=tmp_path).open("train")
+
+  class Refusing:
+    def __getitems__(self, indices):
+      raise ValueError("no such\nimage")
+
+  bad = dataclasses.replace(source, data=Refusing())
+  with pytest.raises(RuntimeError, match=r"1.0.0' \(no such image\); delete"):
+    bad[0]
 
 
 PREPARE = """
@@ -108,6 +149,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.mark.process
 def test_two_processes_prepare_once(builder, tmp_path, monkeypatch):
   monkeypatch.setenv("SQUARES_LOG", str(tmp_path))
   workers = [
