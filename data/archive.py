@@ -67,12 +67,11 @@ def extract(
     ValueError: an archive that is refused or damaged; nothing is left then.
 
   Example:
-    >>> import tempfile
-    >>> root = pathlib.Path(tempfile.mkdtemp())
-    >>> with zipfile.ZipFile(root / "a.zip", "w") as file:
+    >>> import pathlib, zipfile
+    >>> with zipfile.ZipFile("a.zip", "w") as file:
     ...   file.writestr("cat/1.txt", "meow")
-    >>> extract(root / "a.zip", root / "a", max_bytes=100, max_files=10)
-    >>> (root / "a" / "cat" / "1.txt").read_text()
+    >>> extract("a.zip", "a", max_bytes=100, max_files=10)
+    >>> pathlib.Path("a", "cat", "1.txt").read_text()
     'meow'
   """
   target = pathlib.Path(folder)
@@ -115,6 +114,14 @@ def unpacked(
     FileNotFoundError: no such archive.
     ValueError: an archive that is refused or damaged.
     PermissionError: the cache folder cannot be written; it names the remedy.
+
+  Example:
+    >>> import zipfile
+    >>> with zipfile.ZipFile("a.zip", "w") as file:
+    ...   file.writestr("1.txt", "meow")
+    >>> folder = unpacked("a.zip", max_bytes=100, max_files=10)
+    >>> [path.name for path in folder.iterdir()]
+    ['1.txt']
   """
   with open(archive, "rb") as file:
     key = hashlib.file_digest(file, "blake2b").hexdigest()[:40]

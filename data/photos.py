@@ -60,6 +60,7 @@ class Photographs:
         raise ValueError(f"{name} is {value}; it must be at least 1")
 
   def open(self, split: str) -> "CropSource":
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     photos, rows = [], []
     for file in _FILES[split]:
@@ -91,6 +92,12 @@ class CropSource:
     photos: [y, x, 3] each.
     rows: a crop's photograph and first pixel (y, x).
     size: height and width of a crop.
+
+  Example:
+    >>> photo = np.zeros((8, 8, 3), np.uint8)
+    >>> source = CropSource((photo,), np.array([[0, 2, 3]]), 4)
+    >>> len(source), source[0]["image"].shape
+    (1, (4, 4, 3))
   """
 
   photos: tuple[np.ndarray, ...]

@@ -73,6 +73,7 @@ class VideoClips:
     check_fraction(self.eval_fraction)
 
   def open(self, split: str) -> "ClipSource":
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     _import()
     held_out, files = split == "eval", self._files()
@@ -143,6 +144,12 @@ class ClipSource:
     videos: uint8 [t, y, x, 3] each, memory-mapped.
     rows: a clip's video and first frame.
     frames: of a clip.
+
+  Example:
+    >>> video = np.zeros((20, 4, 4, 3), np.uint8)
+    >>> source = ClipSource((video,), np.array([[0, 0], [0, 8]]), 8)
+    >>> len(source), source[1]["video"].shape
+    (2, (8, 4, 4, 3))
   """
 
   videos: tuple[np.ndarray, ...]

@@ -70,6 +70,7 @@ class BrainVolume:
       )
 
   def open(self, split: str) -> "PatchSource":
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     paths = tuple(
       package_file(
@@ -125,6 +126,14 @@ class NiftiFolder:
       numbers or lie elsewhere in space, voxels that are not finite.
     FileNotFoundError: when opened, no such folder, or no image in it.
     ImportError: when opened, where nibabel is missing.
+
+  Example:
+    >>> nibabel = nifti.require()
+    >>> image = nibabel.Nifti1Image(np.ones((8, 8, 9), np.int16), np.eye(4))
+    >>> nibabel.save(image, "a.nii.gz")
+    >>> source = NiftiFolder(".", size=8, eval_fraction=0.0).open("train")
+    >>> len(source), source[0]["image"].shape
+    (2, (8, 8, 8, 1))
   """
 
   path: str | os.PathLike
@@ -146,6 +155,7 @@ class NiftiFolder:
       raise ValueError(f"keep is {self.keep}; it must be at least 1")
 
   def open(self, split: str) -> "PatchSource":
+    """Examples of "train" or "eval"; see the class."""
     check_split(split)
     nifti.require()
     separate, held_out = self.eval_path is not None, split == "eval"
@@ -253,6 +263,12 @@ class PatchSource:
     rows: a patch's volume and first voxel (z, y, x).
     size: voxels along z, y, x.
     scale: what intensities are multiplied with.
+
+  Example:
+    >>> load = lambda i: (np.ones((4, 4, 4)), None)
+    >>> source = PatchSource(load, np.array([[0, 1, 2, 0]]), (2, 2, 2))
+    >>> source[0]["image"].shape
+    (2, 2, 2, 1)
   """
 
   load: _Load

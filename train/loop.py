@@ -52,7 +52,14 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 
 class Run:
-  """What a job needs before its first step: mesh, data, shapes, functions."""
+  """What a job needs before its first step: mesh, data, shapes, functions.
+
+  Example:
+    >>> from isthmus.train.config import load
+    >>> run = Run(load("quickstart:smoke"))  # nothing is compiled yet
+    >>> run.target.params["norm"]["scale"].shape
+    (32,)
+  """
 
   def __init__(self, job: "Fit"):
     self.job = job
@@ -154,6 +161,28 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     NonFiniteError: a loss, gradient norm or parameter that is no number.
     CheckpointError: no checkpoint of the folder can be trusted.
     RunError: the disk, the folder or another process was lost on the way.
+
+  Example:
+    >>> from isthmus.data.source import Arrays
+    >>> from isthmus.nets.mlp import Mlp
+    >>> from isthmus.train.jobs import Fit
+    >>> from isthmus.train.optim.chain import Optimizer
+    >>> from isthmus.train.tasks.classify import Classify
+    >>> rows = {
+    ...   "image": np.eye(8, dtype=np.float32),
+    ...   "label": np.arange(8, dtype=np.int32),
+    ... }
+    >>> job = Fit(
+    ...   model=Mlp(16),
+    ...   task=Classify(),
+    ...   data=Arrays(train=rows, eval=rows),
+    ...   optimizer=Optimizer(),
+    ...   steps=2,
+    ...   batch_size=8,
+    ... )
+    >>> results = fit(job, pathlib.Path("run").absolute())
+    >>> results["step"], sorted(k for k in results if k.startswith("eval/"))
+    (2.0, ['eval/accuracy', 'eval/loss'])
   """
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:

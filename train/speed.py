@@ -16,6 +16,17 @@ class Speed:
 
   Args:
     run: a `Run` of `isthmus.train.loop`.
+
+  Example:
+    >>> from isthmus.train.config import load
+    >>> from isthmus.train.loop import Run
+    >>> speed = Speed(Run(load("quickstart:smoke")))
+    >>> speed.tick(0)
+    >>> time.sleep(0.01)
+    >>> speed.tick(1)
+    >>> figures = speed.metrics()
+    >>> "tokens_per_second" in figures, "mfu_measured" in figures
+    (True, True)
   """
 
   def __init__(self, run: Any):
@@ -47,6 +58,7 @@ class Speed:
     return self._steps, self._seconds
 
   def metrics(self, since: tuple[int, float] = (0, 0.0)) -> dict[str, float]:
+    """Rates since `since`, which is what `take` gave then."""
     steps, seconds = self._steps - since[0], self._seconds - since[1]
     if not steps or seconds <= 0:
       return {}
@@ -65,6 +77,7 @@ class Speed:
     return out
 
   def text(self, metrics: dict[str, float]) -> str:
+    """The figures of `metrics` that a progress bar has room for."""
     rate = metrics.get(f"{self.unit}_per_second")
     if rate is None:
       return ""

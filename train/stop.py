@@ -27,6 +27,12 @@ class Stop:
 
   One process knows at once. Several must stop at one step, which jax's
   preemption service agrees on, so there `asked` stays False and `at` tells.
+
+  Example:
+    >>> stop = Stop()
+    >>> stop.handle(signal.SIGTERM, None)  # what requests() puts in place
+    >>> stop.asked, stop.at(7)
+    (True, True)
   """
 
   def __init__(self) -> None:
@@ -70,6 +76,12 @@ def requests() -> Generator[Stop, None, None]:
   What the process had been told to ignore (`nohup`: SIGHUP) stays ignored.
   With several processes SIGTERM is left to jax's service, and the others are
   passed on as SIGTERM. Outside the main thread nothing is listened to.
+
+  Example:
+    >>> with requests() as stop:
+    ...   signal.raise_signal(signal.SIGTERM)
+    ...   stop.asked
+    True
   """
   stop = Stop()
   if threading.current_thread() is not threading.main_thread():

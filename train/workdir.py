@@ -36,6 +36,12 @@ def lock(
   Raises:
     BusyError: another run holds it.
     WorkdirError: it can't be made or written.
+
+  Example:
+    >>> with lock(pathlib.Path("run")), lock(pathlib.Path("run")):
+    ...   print("never reached")
+    Traceback (most recent call last):
+    isthmus.train.workdir.BusyError: run is in use by another run; ...
   """
   import filelock
 
@@ -71,6 +77,15 @@ def record(
   Raises:
     ConfigError: the folder holds a run with other settings.
     WorkdirError: they can't be written, or those there can't be read.
+
+  Example:
+    >>> from isthmus.train.mesh import Mesh
+    >>> from isthmus.train.optim.chain import Optimizer
+    >>> folder = pathlib.Path()
+    >>> record(folder, Optimizer(warmup=10), source={}, force=False)
+    >>> record(folder, Optimizer(warmup=20), source={}, force=False)
+    Traceback (most recent call last):
+    isthmus.train.config.ConfigError: . holds a run with warmup = 10, ...
   """
   path = workdir / CONFIG
   new = flatten(job)
@@ -110,6 +125,13 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
 
   Raises:
     WorkdirError: the folder holds no run, or its config.json is damaged.
+
+  Example:
+    >>> from isthmus.train.mesh import Mesh
+    >>> source = {"config": "mine.py", "set": ["mesh.fsdp=4"]}
+    >>> record(pathlib.Path(), Mesh(fsdp=4), source=source, force=False)
+    >>> load(pathlib.Path())["resolved"]["fsdp"]
+    '4'
   """
   path = workdir / CONFIG
   try:
