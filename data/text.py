@@ -31,7 +31,9 @@ _SMALL = 1 << 28
 class Corpus(Protocol):
   """A frozen dataclass that yields named documents, the same ones each time."""
 
-  def documents(self, split: str) -> Iterable[tuple[str, bytes | str]]: ...
+  def documents(self, split: str) -> Iterable[tuple[str, bytes | str]]:
+    """(name, text) of each document of a split, "train" or "eval"."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,20 +19,28 @@ class Encoder(Protocol):
   """What Text asks of a tokenizer."""
 
   @property
-  def vocab_size(self) -> int: ...
+  def vocab_size(self) -> int:
+    """Highest token number plus one."""
+    ...
 
   @property
   def start(self) -> int:
     """The token that precedes every document, and occurs nowhere else."""
     ...
 
-  def fingerprint(self) -> str: ...
+  def fingerprint(self) -> str:
+    """Differs wherever another token would come out of some text."""
+    ...
 
   def encode(
     self, documents: Iterable[tuple[str, bytes | str]]
-  ) -> Iterator[Encoded]: ...
+  ) -> Iterator[Encoded]:
+    """(tokens, bytes that each stands for) of each (name, text)."""
+    ...
 
-  def decode(self, tokens: Any) -> str: ...
+  def decode(self, tokens: Any) -> str:
+    """The text of tokens, start tokens left out."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

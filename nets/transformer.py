@@ -32,6 +32,15 @@ class Attention(nn.Module):
     out_scale: factor on the initial standard deviation of `o`.
     dtype: what is multiplied.
     param_dtype: what is stored.
+
+  Example:
+    >>> layer = Attention(num_heads=4, num_kv_heads=2, head_dim=8)
+    >>> turn = rotation(jnp.arange(3)[None], head_dim=8)
+    >>> (y, aux), variables = layer.init_with_output(
+    ...   jax.random.key(0), jnp.ones((1, 3, 16)), turn=turn
+    ... )
+    >>> y.shape, variables["params"]["k"]["kernel"].shape
+    ((1, 3, 16), (16, 16))
   """
 
   num_heads: int
@@ -114,6 +123,14 @@ class Block(nn.Module):
     dropout: rate on what is added to x, in training.
     eps: of the norms.
     param_dtype: of the norms.
+
+  Example:
+    >>> block = Block(Attention(4, 2, head_dim=8), GatedMlp(32))
+    >>> (y, aux), variables = block.init_with_output(
+    ...   jax.random.key(0), jnp.ones((1, 3, 16))
+    ... )
+    >>> y.shape, sorted(variables["params"])
+    ((1, 3, 16), ['attn', 'mlp', 'norm_attn', 'norm_mlp'])
   """
 
   attn: nn.Module
@@ -366,7 +383,13 @@ class Decoder(nn.Module):
 
 
 class Table(nn.Module):
-  """The parameter `embedding` [v, m], normal(0.02)."""
+  """The parameter `embedding` [v, m], normal(0.02).
+
+  Example:
+    >>> table, variables = Table(64, 16).init_with_output(jax.random.key(0))
+    >>> table.shape, list(variables["params"])
+    ((64, 16), ['embedding'])
+  """
 
   rows: int
   width: int
@@ -383,7 +406,13 @@ class Table(nn.Module):
 
 
 class Kernel(nn.Module):
-  """The parameter `kernel` [inputs, outputs], normal(1 / sqrt(inputs))."""
+  """The parameter `kernel` [inputs, outputs], normal(1 / sqrt(inputs)).
+
+  Example:
+    >>> kernel, variables = Kernel(16, 64).init_with_output(jax.random.key(0))
+    >>> kernel.shape, list(variables["params"])
+    ((16, 64), ['kernel'])
+  """
 
   inputs: int
   outputs: int
