@@ -119,6 +119,10 @@ class TfdsSource:
     return self.__getitems__([i])[0]
 
   def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+    length = len(self)
+    for i in indices:
+      if not 0 <= i < length:
+        raise IndexError(f"index {i} is outside [0, {length})")
     try:
       records = self.data.__getitems__(list(indices))
     # Damaged blocks, and all that decoders say of damaged examples.

@@ -128,12 +128,17 @@ def test_example_that_its_decoder_refuses_is_named(builder, tmp_path):
   source = Tfds(builder, data_dir=tmp_path).open("train")
 
   class Refusing:
+    def __len__(self):
+      return 1
+
     def __getitems__(self, indices):
       raise ValueError("no such\nimage")
 
   bad = dataclasses.replace(source, data=Refusing())
   with pytest.raises(RuntimeError, match=r"1.0.0' \(no such image\); delete"):
     bad[0]
+  with pytest.raises(IndexError, match=r"index 1 is outside \[0, 1\)"):
+    bad[1]
 
 
 PREPARE = """
