@@ -1,11 +1,15 @@
 """What `isthmus doctor` tells of this machine."""
 
+import dataclasses
 import platform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from isthmus.attention import sdpa
+from isthmus.pallas import dispatch
 from isthmus.pallas.dispatch import Row
 from isthmus.train import doctor, peak
 
@@ -45,3 +49,95 @@ def test_kernels_and_why_not(monkeypatch):
     "attention, long: fast refuses: it rains",
     "attention, long: xla runs",
   ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What is asked of a device; a CPU's and a TPU's have no capability."""
+
+  platform: str
+  device_kind: str
+  compute_capability: str | None = None
+
+
+T4 = Device("gpu", "Tesla T4", "7.5")
+A100 = Device("gpu", "NVIDIA A100-SXM4-40GB", "8.0")
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3", "9.0")
+RADEON = Device("gpu", "AMD Instinct MI300X", "gfx942")
+TPU = Device("tpu", "TPU v5 lite")
+CPU = Device("cpu", "cpu")
+
+
+def _machine(monkeypatch, device):
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  for module in (dispatch, sdpa):
+    monkeypatch.setattr(module, "platform", lambda: device.platform)
+
+
+@pytest.mark.parametrize(
+  "device, notice",
+  [
+    (
+      T4,
+      "Tesla T4 (sm_75): attention runs on XLA; the fast kernels need sm_80 "
+      "or newer",
+    ),
+    (
+      TPU,
+      "TPU v5 lite: attention runs on XLA; the fast kernels need an NVIDIA GPU "
+      "of sm_80 or newer",
+    ),
+    (
+      CPU,
+      "cpu: attention runs on XLA; the fast kernels need an NVIDIA GPU of "
+      "sm_80 or newer",
+    ),
+    (
+      RADEON,
+      "AMD Instinct MI300X: attention runs on XLA; the fast kernels need an "
+      "NVIDIA GPU of sm_80 or newer",
+    ),
+    (A100, None),
+    (H100, None),
+  ],
+  ids=lambda x: x.device_kind if isinstance(x, Device) else "",
+)
+def test_a_machine_without_fast_kernels_is_told_so(monkeypatch, device, notice):
+  _machine(monkeypatch, device)
+  lines = list(doctor.summary())
+  if notice is None:
+    assert list(doctor.notices()) == []
+    assert "attention, bfloat16, causal: cudnn" in lines
+    assert "attention, float32, causal: xla" in lines
+  else:
+    assert lines[-1] == notice
+    assert lines.count(notice) == 1
+    assert "attention, bfloat16, causal: xla" in lines
+
+
+def test_summary_is_device_and_versions_first(monkeypatch):
+  _machine(monkeypatch, T4)
+  first, second, *_ = doctor.summary()
+  assert first == "1 device: Tesla T4 (sm_75)"
+  assert second.startswith(f"python {platform.python_version()}, isthmus ")
+  assert f"jax {jax.__version__}" in second
+
+
+@pytest.mark.parametrize(
+  "device, reason",
+  [
+    (T4, "it needs compute capability 8.0, and the GPU has 7.5"),
+    (TPU, "it needs an NVIDIA GPU, and the platform is tpu"),
+  ],
+  ids=lambda x: x.device_kind if isinstance(x, Device) else "",
+)
+def test_old_gpus_and_tpus_fall_back_with_a_reason(monkeypatch, device, reason):
+  """Nothing crashes: cuDNN refuses, XLA runs."""
+  _machine(monkeypatch, device)
+  x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+  rows = {row.name: row for row in sdpa.explain(x, x, x, causal=True)}
+  assert rows["cudnn"].verdict == "refuses" and rows["cudnn"].reason == reason
+  assert rows["xla"].verdict == "runs"
+  assert sdpa.attention(x, x, x, causal=True).shape == x.shape
+  with pytest.raises(NotImplementedError, match=reason):
+    sdpa.attention(x, x, x, causal=True, impl="cudnn")
