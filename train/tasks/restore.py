@@ -26,7 +26,7 @@ class Noise:
   """Adds Gaussian noise of standard deviation `sigma` to values in [0, 1].
 
   Example:
-    >>> image = jnp.zeros((28, 28, 1))
+    >>> image = jnp.zeros((256, 256, 1))
     >>> noisy = Noise(sigma=0.25)(image, jax.random.key(0))
     >>> print(f"{noisy.std():.2f}")
     0.25
@@ -99,7 +99,7 @@ class Restore:
     ...   def __call__(self, image, *, train=False):
     ...     return image
     >>> task = Restore(corruption=Noise(sigma=0.1))
-    >>> batch = {"image": jnp.zeros((4, 8, 8, 1)), "valid": jnp.ones(4)}
+    >>> batch = {"image": jnp.zeros((4, 32, 32, 1)), "valid": jnp.ones(4)}
     >>> sums = task.evaluate(Identity(), {}, {}, batch)
     >>> result = task.summarize({k: float(v) for k, v in sums.items()})
     >>> print(f"{result['psnr']:.0f} dB")
