@@ -18,11 +18,13 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Generator
+from errno import EINVAL
 from typing import Any
 
 import filelock
 
 from isthmus.data.cache import cache_folder
+from isthmus.data.zipped import open_zip
 
 _CHUNK = 2**20
 # A name in bytes, and a part of it, as file systems have them.
@@ -87,7 +89,8 @@ def extract(
           for name, file in members:
             writer.add(name, file)
       except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno:  # a full disk, say
+        # A full disk, say. EINVAL is a seek to where no byte can be.
+        if isinstance(error, OSError) and error.errno not in (None, EINVAL):
           raise
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -240,23 +243,11 @@ def _members(raw: io.BufferedIOBase) -> _Members:
 
 
 def _zip_members(raw: io.BufferedIOBase) -> _Members:
-  with zipfile.ZipFile(raw) as archive:
+  with open_zip(raw) as archive:
     for info in archive.infolist():
-      shown, mode = ascii(info.filename), info.external_attr >> 16
-      kind = stat.S_IFMT(mode)
+      shown, kind = ascii(info.filename), stat.S_IFMT(info.external_attr >> 16)
       if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise ValueError(f"{shown} is a link or device, not a file")
-      if info.flag_bits & 1:
-        raise ValueError(f"{shown} is encrypted")
-      # The others unpack without a bound on what one read gives.
-      if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(
-          f"{shown} has compression {info.compress_type}; only stored (0) and"
-          " deflated (8) are read"
-        )
-      # zipfile cuts a name at its first zero byte.
-      if info.orig_filename != info.filename:
-        raise ValueError(f"the name {ascii(info.orig_filename)} is not plain")
       if info.is_dir():
         if info.file_size:
           raise ValueError(f"the folder {shown} has {info.file_size} bytes")

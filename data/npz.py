@@ -16,6 +16,7 @@ from isthmus.data.bounded import DEFLATE, read_last
 from isthmus.data.permutation import permute
 from isthmus.data.source import ArraySource, check_split
 from isthmus.data.text import check_fraction
+from isthmus.data.zipped import open_zip
 
 _SLACK = 64
 
@@ -176,7 +177,7 @@ def read_headers(
 def _opened(path: str | os.PathLike):
   with open(path, "rb") as raw:
     try:
-      with zipfile.ZipFile(raw) as file:
+      with open_zip(raw) as file:
         yield file
     # zipfile and numpy raise many kinds for damaged headers.
     except (
@@ -204,17 +205,10 @@ def _members(
   for info in file.infolist():
     shown = ascii(info.filename)
     name = "/".join(check_name(info.filename))
-    if not name.endswith(".npy") or info.orig_filename != name:
+    if not name.endswith(".npy") or info.filename != name:
       raise ValueError(f"the member {shown} is not NAME.npy")
     if name in members:
       raise ValueError(f"the member {shown} is there twice")
-    if info.flag_bits & 1:
-      raise ValueError(f"the member {shown} is encrypted")
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-      raise ValueError(
-        f"the member {shown} has compression {info.compress_type}; numpy"
-        " writes stored (0) or deflated (8)"
-      )
     ratio = DEFLATE if info.compress_type == zipfile.ZIP_DEFLATED else 1
     most = info.compress_size * ratio + _SLACK
     if info.file_size > most:

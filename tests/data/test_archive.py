@@ -1,5 +1,6 @@
 """Archives: what is fine is unpacked whole, what is not leaves nothing."""
 
+import errno
 import io
 import os
 import stat
@@ -203,6 +204,19 @@ def test_encrypted_and_otherwise_compressed_zips(tmp_path):
   content[content.index(b"PK\1\2") + 8] |= 1
   path.write_bytes(content)
   refused(path, "'x' is encrypted")
+
+
+def test_a_full_disk_stays_a_full_disk(tmp_path, monkeypatch):
+  path = pack(tmp_path / "a.zip", FILES.items(), "zip")
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr("isthmus.data.archive._Writer.add", full)
+  with pytest.raises(OSError, match="No space left") as info:
+    unpack(path, tmp_path / "out")
+  assert info.value.errno == errno.ENOSPC
+  assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
 @pytest.fixture
