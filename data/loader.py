@@ -22,8 +22,11 @@ from isthmus.data.permutation import permute
 from isthmus.data.prefetch import prefetch
 from isthmus.data.source import Example, Source
 
+#: (example, rng) -> example.
 Transform = Callable[[Example, np.random.Generator], Example]
+#: Rows of a batch by number.
 Rows = slice | np.ndarray | Sequence[int]
+#: Field name -> array of all rows.
 Batch = dict[str, jax.Array]
 
 
@@ -232,7 +235,9 @@ class Loader:
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def stack(examples: Sequence[Example], indices: np.ndarray) -> Example:
+def stack(
+  examples: Sequence[Example], indices: Int[np.ndarray, "b"]
+) -> Example:
   """Stack examples field by field; bytes and str become object arrays.
 
   Raises:

@@ -7,7 +7,7 @@ import os
 import pathlib
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from isthmus.data.idx import read_idx
 from isthmus.data.package import package_file
@@ -180,7 +180,7 @@ class PixelSource:
   def __getitem__(self, i: int) -> Example:
     return {name: array[0] for name, array in self.take(np.array([i])).items()}
 
-  def take(self, indices: np.ndarray) -> Example:
+  def take(self, indices: Int[np.ndarray, "b"]) -> Example:
     """Several examples at once, stacked."""
     images = self.images[indices][..., None]
     return {

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
-# Field name -> array; text may stay bytes or str.
+#: Field name -> array; text may stay bytes or str.
 Example = dict[str, Any]
 
 
@@ -93,7 +94,7 @@ class ArraySource:
   def __getitem__(self, i: int) -> Example:
     return {name: array[i] for name, array in self.arrays.items()}
 
-  def take(self, indices: np.ndarray) -> Example:
+  def take(self, indices: Int[np.ndarray, "b"]) -> Example:
     """Rows of every array, in the order of the indices."""
     return {name: array[indices] for name, array in self.arrays.items()}
 

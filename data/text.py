@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from isthmus.data.cache import Stream, collect, open_cached
 from isthmus.data.source import Example, check_split
@@ -154,7 +155,7 @@ class TokenSource:
     batch = self.take(np.asarray([i]))
     return {name: array[0] for name, array in batch.items()}
 
-  def take(self, indices: np.ndarray) -> Example:
+  def take(self, indices: Int[np.ndarray, "b"]) -> Example:
     """Rows by number, stacked."""
     indices = np.asarray(indices, np.int64)
     begin, length = indices * self.stride, self.seq_len + 1

@@ -18,7 +18,9 @@ Rotation = tuple[jax.Array, jax.Array]
 class RopeScaling(Protocol):
   """Makes the rotations slower, for contexts longer than those of training."""
 
-  def scale(self, speeds: np.ndarray) -> np.ndarray:
+  def scale(
+    self, speeds: Float[np.ndarray, "half"]
+  ) -> Float[np.ndarray, "half"]:
     """Angles a token, float64 [d/2], from those without scaling."""
     ...
 
@@ -45,7 +47,9 @@ class LinearScaling:
   def __post_init__(self):
     _check_factor(self.factor)
 
-  def scale(self, speeds: np.ndarray) -> np.ndarray:
+  def scale(
+    self, speeds: Float[np.ndarray, "half"]
+  ) -> Float[np.ndarray, "half"]:
     """`speeds / factor`."""
     return speeds / self.factor
 
@@ -90,7 +94,9 @@ class Llama3Scaling:
     if self.context < 1:
       raise ValueError(f"context is {self.context}; it is at least 1")
 
-  def scale(self, speeds: np.ndarray) -> np.ndarray:
+  def scale(
+    self, speeds: Float[np.ndarray, "half"]
+  ) -> Float[np.ndarray, "half"]:
     """Speeds of the formula above."""
     rounds = self.context * speeds / (2 * math.pi)
     kept = np.clip((rounds - self.low) / (self.high - self.low), 0, 1)

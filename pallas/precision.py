@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from isthmus.pallas.dispatch import platform
 
@@ -20,7 +20,12 @@ def accumulator(dtype: Any) -> jnp.dtype:
   )
 
 
-def dot(equation: str, a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
+def dot(
+  equation: str,
+  a: Float[Array, "..."],
+  b: Float[Array, "..."],
+  **kwargs: Any,
+) -> Float[Array, "..."]:
   """einsum of two arrays of one dtype, summed and returned in `accumulator`.
 
   Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
 from isthmus.attention.sdpa import attention
 from isthmus.data.weights.file import WeightsError, quote
@@ -79,7 +80,9 @@ def load_gguf(
   return model, assemble(model, file, _NAMES, convert=convert)
 
 
-def halve_pairs(matrix: np.ndarray, *, heads: int) -> np.ndarray:
+def halve_pairs(
+  matrix: Shaped[np.ndarray, "r m"], *, heads: int
+) -> Shaped[np.ndarray, "r m"]:
   """Rows of each head in the order 0, 2, 4, ..., 1, 3, 5, ...
 
   Then rotary pairs, which lay side by side, are half a head apart.
