@@ -37,7 +37,8 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LONGEST_PICKLE = 1 << 25  # bytes
 _LONGEST_PREFACE = 1 << 12  # bytes of each pickle before the object
 _DEEPEST = 32  # containers within containers
-_MOST_VALUES = 1 << 19
+_MOST_VALUES = 1 << 18
+_MOST_REPEATS = 1 << 12  # of containers that were visited before
 
 
 class PthFile(Weights):
@@ -219,40 +220,42 @@ class _Pickled:
 class _Tree:
   """Tensors and everything else of nested containers, by name."""
 
-  def __init__(self, path: pathlib.Path, value: Any):
-    self._path = path
-    self._visits = 0
+  def __init__(self, path: pathlib.Path, root: Any):
     self.views: dict[str, View] = {}
     self.metadata: dict[str, Any] = {}
     self.storages: dict[str, Storage] = {}
-    self._visit((), value)
-
-  def _visit(self, parts: tuple[str, ...], value: Any) -> None:
     # A container may hold another one many times, or itself.
-    self._visits += 1
-    if len(parts) > _DEEPEST or self._visits > _MOST_VALUES:
-      _fail(
-        self._path,
-        f"more than {_DEEPEST} containers deep or {_MOST_VALUES} values,"
-        f" at {quote('/'.join(parts))}",
-      )
-    if isinstance(value, (dict, list, tuple)) and value:
-      items = value.items() if isinstance(value, dict) else enumerate(value)
-      for key, inner in items:
-        self._visit((*parts, str(key)), inner)
-      return
-    name = "/".join(parts)
-    if name in self.views or name in self.metadata:
-      _fail(self._path, f"two values are named {quote(name)}")
-    if isinstance(value, View):
-      known = self.storages.setdefault(value.storage.key, value.storage)
-      if known != value.storage:
-        _fail(self._path, f"{quote(name)}: {value.storage} is also {known}")
-      self.views[name] = value
-    elif isinstance(value, (Global, Storage)):
-      _fail(self._path, f"{quote(name)} is {quote(value)}, not a tensor")
-    else:
-      self.metadata[name] = value
+    visits, repeats, seen = 0, 0, set()
+    waiting = [("", root, 0)]
+    while waiting:
+      name, value, depth = waiting.pop()
+      if type(value) in (dict, list, tuple) and value:
+        visits += len(value)
+        repeats += id(value) in seen
+        seen.add(id(value))
+        for what, number, most in (
+          ("containers in each other", depth, _DEEPEST),
+          ("values", visits, _MOST_VALUES),
+          ("containers that come again", repeats, _MOST_REPEATS),
+        ):
+          if number > most:
+            _fail(path, f"more than {most} {what}, at {quote(name)}")
+        pairs = value.items() if type(value) is dict else enumerate(value)
+        before = name + "/" if depth else ""
+        inner = [(f"{before}{key}", v, depth + 1) for key, v in pairs]
+        waiting += reversed(inner)
+        continue
+      if name in self.views or name in self.metadata:
+        _fail(path, f"two values are named {quote(name)}")
+      if type(value) is View:
+        self.views[name] = value
+        known = self.storages.setdefault(value.storage.key, value.storage)
+        if known != value.storage:
+          _fail(path, f"{quote(name)}: {value.storage} is also {known}")
+      elif type(value) in (Global, Storage):
+        _fail(path, f"{quote(name)} is {quote(value)}, not a tensor")
+      else:
+        self.metadata[name] = value
 
 
 def _dtype(storage: Storage) -> np.dtype:

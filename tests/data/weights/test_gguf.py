@@ -125,6 +125,11 @@ def test_without_the_package(tmp_path, monkeypatch):
     GgufFile(path).read("q")
 
 
+def words(number, payload):
+  head = struct.pack("<IQ", 8, number)
+  return make.gguf([make.entry("k", 9, head + payload)])
+
+
 F32 = make.tensor_entry("a", (8,))
 BYTES = bytes(32)
 
@@ -144,6 +149,11 @@ BYTES = bytes(32)
     (make.gguf([make.entry("k", 7, b"\2")]), "a truth value of 2"),
     (make.gguf([make.entry("k", 13, b"")]), "'k' has the unknown type 13"),
     (make.gguf([make.entry(b"\xff", 0, b"1")]), "not UTF-8 at its byte 0"),
+    (
+      words(2, make.text("a") + b"\x63" + bytes(7)),
+      "string 1 of 2 in 'k' ends at byte",
+    ),
+    (words(1, make.text(b"\xff")), "a string in 'k' is not UTF-8"),
     (
       make.gguf([], [make.tensor_entry("a", (8,), offset=32)], BYTES * 2),
       "lies at bytes 32 to 64 of the data, which go from 0 to 64",
