@@ -15,27 +15,31 @@ _SECTION = re.compile(
   r"(Args|Attributes|Example|Examples|Note|Raises|Reference|References"
   r"|Returns|Yields):$"
 )
-_SPAN = re.compile(r"(``.+?``|`[^`]+`)", re.S)
+# Code, or an emphasised word.
+_SPAN = re.compile(
+  r"(``.+?``|`[^`]+`|(?<![\w*])\*\w[^*\n]*\w\*(?![\w*]))", re.S
+)
 # A star that isn't a bullet's, a bar, an underscore at a word's end.
 _MEANS = re.compile(r"\*(?! )|\||(?<=\w)_(?!\w)")
-_NAME = re.compile(r"[A-Za-z_][\w.]*$")
 
 
 def process_docstring(
   app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
   """Sphinx's `autodoc-process-docstring`; runs before napoleon."""
-  del app, what, name, obj, options
-  lines[:] = convert(lines)
+  del app, obj, options
+  if what == "data":  # as in Returns
+    lines[:1] = [re.sub(r"^([^`:]*): ", r"\1; ", line) for line in lines[:1]]
+  lines[:] = convert(lines, _neighbours(name))
 
 
-def convert(lines: list[str]) -> list[str]:
-  """The lines of a docstring, converted."""
+def convert(lines: list[str], known: frozenset[str]) -> list[str]:
+  """The lines of a docstring, with links to the `known` names."""
   out: list[str] = []
   text: list[str] = []
 
   def flush():
-    out.extend(_inline("\n".join(text)).split("\n") if text else [])
+    out.extend(_inline("\n".join(text), known).split("\n") if text else [])
     text.clear()
 
   section = literal = doctest = False
@@ -66,7 +70,7 @@ def convert(lines: list[str]) -> list[str]:
   return out
 
 
-def _inline(text: str) -> str:
+def _inline(text: str, known: frozenset[str]) -> str:
   parts = _SPAN.split(text)
   out = ""
   for i, part in enumerate(parts):
@@ -74,19 +78,28 @@ def _inline(text: str) -> str:
       out += _MEANS.sub(r"\\\g<0>", part)
       continue
     inner = part.strip("`")
-    role = _NAME.match(inner) and not part.startswith("``")
     if out and out[-1].isalnum():
       out += "\\ "
-    out += f":py:obj:`{_target(inner)}`" if role else f"``{inner}``"
+    if not part.startswith("`"):
+      out += part
+    elif inner in known:
+      out += f":py:obj:`{inner}`"
+    elif full := _places().get(inner):
+      out += f":py:obj:`~{full}`"
+    else:
+      out += f"``{inner}``"
     if i + 1 < len(parts) and parts[i + 1][:1].isalnum():
       out += "\\ "
   return out
 
 
-def _target(name: str) -> str:
-  """A class of another module, or a re-export, by the name it is defined by."""
-  full = _places().get(name)
-  return f"~{full}" if full else name
+@functools.cache
+def _neighbours(name: str) -> frozenset[str]:
+  """What is defined at the top level of the module that `name` is of."""
+  for module in modules():
+    if f"{name}.".startswith(f"{module.full}.") and not module.is_package:
+      return frozenset((*module.definitions(), *module.constants()))
+  return frozenset()
 
 
 @functools.cache
@@ -94,6 +107,7 @@ def _places() -> dict[str, str]:
   """Names that say enough by themselves, and where they are defined."""
   found: dict[str, list[str]] = {}
   for module in modules():
+    found[module.full] = [module.full]
     for name in module.definitions():
       if name[0].isupper():
         found.setdefault(name, []).append(f"{module.full}.{name}")

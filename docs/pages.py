@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 def write() -> None:
   """Writes reference/, recipes/, gallery.md, notebooks/ and notebooks.md."""
-  pages = {**_reference(), **_gallery(), **_notebooks()}
+  pages = {**_reference(), **_gallery(), **_notebooks(), **_security()}
   for folder in ("reference", "recipes", "notebooks"):
     for path in (HERE / folder).rglob("*.*"):
       if path.relative_to(HERE).as_posix() not in pages:
@@ -96,8 +96,9 @@ def _package_page(package: Module, found: list[Module]) -> str:
 
 def _module_page(module: Module) -> str:
   lines = [*_title(module.full), f".. automodule:: {module.full}", ""]
-  for name in module.constants():
-    lines += [f".. autodata:: {module.full}.{name}", ""]
+  for name, value in module.constants().items():
+    lines += [f".. autodata:: {module.full}.{name}"]
+    lines += [f"   :annotation: = {value}", ""]
   for name, node in module.definitions().items():
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
     lines += [f".. auto{kind}:: {module.full}.{name}"]
@@ -117,7 +118,13 @@ def _toctree(
 ) -> list[str]:
   lines = [".. toctree::", f"   :maxdepth: {depth}"]
   lines += ["   :hidden:"] if hidden else []
-  return [*lines, "", *(f"   {name}" for name in names), ""]
+  entries = (f"   {_short(name)} <{name}>" for name in names)
+  return [*lines, "", *entries, ""]
+
+
+def _short(name: str) -> str:
+  """What the side bar calls a page."""
+  return name.removesuffix("/index")
 
 
 # --- the recipes ---
@@ -163,10 +170,20 @@ def _entry(found: recipe.Recipe) -> str:
         f"**{field}.** {found[field]}\n"
         for field in ("Reproduced", "Simplified", "Claim", "Measured")
       ),
-      f"```sh\n{found['Command']}\n```",
+      "```sh",
+      found["Command"],
+      *_check(found),
+      "```",
       "",
     ]
   )
+
+
+def _check(found: recipe.Recipe) -> list[str]:
+  """The command that measures again, where a recipe has a check."""
+  if found.fields.get("Check", "none") == "none":
+    return []
+  return [f"isthmus verify {found.name}  # {found['Check']}"]
 
 
 # --- the notebooks ---
@@ -202,3 +219,12 @@ def _cells(source: str) -> str:
       body = re.sub(r"^# (?=[%!])", "", body, flags=re.M)
       out.append(f"```python\n{body}\n```")
   return "\n\n".join(out) + "\n"
+
+
+# --- what lies beside docs/ and may not be there ---
+
+
+def _security() -> dict[str, str]:
+  if not (ROOT / "SECURITY.md").is_file():
+    return {}
+  return {"security.md": "```{include} ../SECURITY.md\n```\n"}

@@ -6,6 +6,7 @@ functions, and the fields that Linen adds to every module.
 
 import ast
 import functools
+import re
 from typing import Any
 
 from sources import Module, modules
@@ -18,11 +19,11 @@ def process_signature(
   del app, obj, options, result
   if args is None or what not in ("function", "method", "class"):
     return None
-  node = _find(name)
+  module, node = _find(name)
   if isinstance(node, ast.FunctionDef):
-    return _of_function(node, bound=what == "method")
+    return _Text(module).function(node, bound=what == "method")
   if isinstance(node, ast.ClassDef):
-    return _of_class(node), None
+    return _Text(module).constructor(node), None
   return None
 
 
@@ -31,50 +32,94 @@ def _table() -> dict[str, Module]:
   return {module.full: module for module in modules()}
 
 
-def _find(name: str) -> ast.stmt | None:
-  """The definition of "isthmus.nets.mlp.Mlp.__call__"."""
+@functools.cache
+def _documented() -> set[str]:
+  return {
+    f"{module.full}.{name}"
+    for module in modules()
+    for name in (*module.definitions(), *module.constants())
+  }
+
+
+def _find(name: str) -> tuple[Module | None, ast.stmt | None]:
+  """The definition of "isthmus.nets.mlp.Mlp.__call__", and its module."""
   inner: list[str] = []
   while name and name not in _table():
     name, _, last = name.rpartition(".")
     inner.insert(0, last)
-  if not name:
-    return None
-  body, node = _table()[name].tree.body, None
+  module = _table().get(name)
+  body, node = module.tree.body if module else [], None
   for part in inner:
     node = next((n for n in body if getattr(n, "name", None) == part), None)
+    body = getattr(node, "body", [])
+  return module, node
+
+
+class _Text(ast.NodeTransformer):
+  """Source of a signature, with our own names in full so that they link."""
+
+  def __init__(self, module: Module | None):
+    self._names: dict[str, str] = {}
+    if module is not None:
+      own = (*module.definitions(), *module.constants())
+      names = {n: f"{module.full}.{n}" for n in own} | module.imported()
+      known = _documented()
+      self._names = {n: full for n, full in names.items() if full in known}
+
+  def annotation(self, node: ast.expr | None) -> str | None:
     if node is None:
       return None
-    body = getattr(node, "body", [])
-  return node
+    return ast.unparse(self.visit(ast.parse(ast.unparse(node)).body[0].value))
 
+  def function(
+    self, node: ast.FunctionDef, *, bound: bool
+  ) -> tuple[str, str | None]:
+    """("(x: Float[Array, 'b'], *, eps: float = 1e-6)", what it returns)."""
+    copy = ast.parse(ast.unparse(node)).body[0]
+    arguments = copy.args
+    for argument in ast.walk(arguments):
+      if isinstance(argument, ast.arg) and argument.annotation:
+        argument.annotation = self.visit(argument.annotation)
+    text = ast.unparse(arguments)
+    plain = {ast.unparse(d) for d in node.decorator_list} & {"staticmethod"}
+    if bound and not plain:  # self or cls
+      text = text.partition(",")[2].strip()
+    return f"({text})", self.annotation(node.returns)
 
-def _of_function(
-  node: ast.FunctionDef, *, bound: bool
-) -> tuple[str, str | None]:
-  plain = {ast.unparse(d) for d in node.decorator_list} & {"staticmethod"}
-  arguments = ast.unparse(_unquoted(node.args))
-  if bound and not plain:  # self or cls
-    arguments = arguments.partition(",")[2].strip()
-  result = node.returns and ast.unparse(_unquoted(node.returns))
-  return f"({arguments})", result
+  def constructor(self, node: ast.ClassDef) -> str:
+    """The arguments of `__init__`, or the fields of a dataclass."""
+    for inner in node.body:
+      if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+        return self.function(inner, bound=True)[0]
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    keywords = any(
+      "kw_only=True" in ast.unparse(d) for d in node.decorator_list
+    )
+    parts = ["*"] if keywords and fields else []
+    for field in fields:
+      name = ast.unparse(field.target)
+      annotation = self.annotation(field.annotation) or ""
+      if annotation.endswith("KW_ONLY"):
+        parts.append("*")
+      elif name[0] != "_" and not annotation.startswith("ClassVar"):
+        default = "" if field.value is None else f" = {_default(field.value)}"
+        parts.append(f"{name}: {annotation}{default}")
+    return f"({', '.join(parts)})"
 
+  def visit_Constant(self, node):
+    """A name in quotes is one that is defined further down."""
+    if isinstance(node.value, str) and node.value.isidentifier():
+      return self.visit(ast.Name(node.value))
+    return node
 
-def _of_class(node: ast.ClassDef) -> str:
-  for inner in node.body:
-    if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
-      return _of_function(inner, bound=True)[0]
-  fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-  keywords = any("kw_only=True" in ast.unparse(d) for d in node.decorator_list)
-  parts = ["*"] if keywords and fields else []
-  for field in fields:
-    annotation = ast.unparse(_unquoted(field.annotation))
-    name = ast.unparse(field.target)
-    if annotation.endswith("KW_ONLY"):
-      parts.append("*")
-    elif name[0] != "_" and not annotation.startswith("ClassVar"):
-      default = "" if field.value is None else f" = {_default(field.value)}"
-      parts.append(f"{name}: {annotation}{default}")
-  return f"({', '.join(parts)})"
+  def visit_Name(self, node):
+    full = self._names.get(node.id)
+    return ast.parse(full).body[0].value if full else node
+
+  def visit_Subscript(self, node):
+    """A jaxtyping shape stays the string that it is."""
+    is_shaped = re.match(r"(np\.)?(ndarray|Array), ", ast.unparse(node.slice))
+    return node if is_shaped else self.generic_visit(node)
 
 
 def _default(value: ast.expr) -> str:
@@ -85,19 +130,3 @@ def _default(value: ast.expr) -> str:
       if keyword.arg == "default":
         return ast.unparse(keyword.value)
   return ast.unparse(value)
-
-
-class _Unquote(ast.NodeTransformer):
-  """Names that stand in quotes because they are defined further down."""
-
-  def visit_Constant(self, node):
-    if isinstance(node.value, str) and node.value.isidentifier():
-      return ast.Name(node.value)
-    return node
-
-  def visit_Subscript(self, node):  # a jaxtyping shape stays a string
-    return node
-
-
-def _unquoted(node: Any) -> Any:
-  return _Unquote().visit(node)

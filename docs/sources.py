@@ -52,17 +52,18 @@ class Module:
     """Public functions and classes, in the order of the file."""
     return {n.name: n for n in self.tree.body if _is_public(n)}
 
-  def constants(self) -> list[str]:
-    """Names with a `#:` comment right above them."""
-    names = []
+  def constants(self) -> dict[str, str]:
+    """Names with a `#:` comment right above them, and what they stand for."""
+    found = {}
     for node in self.tree.body:
       target = node.targets[0] if isinstance(node, ast.Assign) else None
       if isinstance(node, ast.AnnAssign):
         target = node.target
       if isinstance(target, ast.Name) and target.id[0] != "_":
         if self.lines[node.lineno - 2].startswith("#:"):
-          names.append(target.id)
-    return names
+          value = ast.unparse(node.value) if node.value else ""
+          found[target.id] = value if len(value) < 120 else "..."
+    return found
 
   def exported(self) -> dict[str, str]:
     """A package's re-exports: name -> the module that defines it."""
@@ -72,6 +73,16 @@ class Module:
         if node.module.startswith(self.full + "."):
           found.update({alias.name: node.module for alias in node.names})
     return found
+
+  def imported(self) -> dict[str, str]:
+    """Names from our own modules -> their full names."""
+    return {
+      alias.asname or alias.name: f"{node.module}.{alias.name}"
+      for node in ast.walk(self.tree)
+      if isinstance(node, ast.ImportFrom)
+      and (node.module or "").startswith("isthmus.")
+      for alias in node.names
+    }
 
 
 def methods(cls: ast.ClassDef) -> list[str]:
