@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
-# The position of a cache slot that holds nothing: no query sees it.
+#: The position of a cache slot that holds nothing: no query sees it.
 EMPTY = int(np.iinfo(np.int32).max)
 
+#: A width to both sides, or (left, right); None is no limit.
 Window = int | tuple[int | None, int | None] | None
 
 

@@ -341,6 +341,7 @@ def _refuse_cudnn_call(q, k, v, extras, options, hopper: bool) -> str | None:
   return None
 
 
+#: `attention` behind its checks; `explain` reads its table.
 OP = Op(
   "attention",
   (Impl("xla", _xla), Impl("cudnn", _cudnn, _refuse_cudnn)),

@@ -31,7 +31,7 @@ class Stream(NamedTuple):
   sizes: np.ndarray | None
 
 
-# Pieces of a stream, in order: a document at a time.
+#: Pieces of a stream, in order: a document at a time.
 Pieces = Callable[[], Iterator[Stream]]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+#: An integer, or an array of them.
 Word = int | np.integer | np.ndarray
 
 # Fewer leave a range of 2 to 5 visibly uneven.

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-# (tokens, bytes of each token, None where every token is one byte)
+#: (tokens, bytes of each token, None where every token is one byte)
 Encoded = tuple[np.ndarray, np.ndarray | None]
 
 

@@ -28,7 +28,7 @@ def process_docstring(
 ) -> None:
   """Sphinx's `autodoc-process-docstring`; runs before napoleon."""
   del app, obj, options
-  if what == "data":  # as in Returns
+  if what in ("attribute", "data", "property"):  # as in Returns
     lines[:1] = [re.sub(r"^([^`:]*): ", r"\1; ", line) for line in lines[:1]]
   lines[:] = convert(lines, _neighbours(name))
 

@@ -118,7 +118,9 @@ class _Text(ast.NodeTransformer):
 
   def visit_Subscript(self, node):
     """A jaxtyping shape stays the string that it is."""
-    is_shaped = re.match(r"(np\.)?(ndarray|Array), ", ast.unparse(node.slice))
+    is_shaped = re.match(
+      r"\(?(np\.)?(ndarray|Array), ", ast.unparse(node.slice)
+    )
     return node if is_shaped else self.generic_visit(node)
 
 

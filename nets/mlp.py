@@ -14,6 +14,7 @@ from isthmus.nets.stack import Stack, check_stack
 from isthmus.pallas.dispatch import platform
 from isthmus.pallas.precision import dot
 
+#: Applied elementwise.
 Activation = Callable[[jax.Array], jax.Array]
 
 

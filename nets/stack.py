@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from isthmus.attention.sdpa import save_attention
 
+#: What `Stack.mode` may be.
 MODES = ("plain", "remat")
 
 

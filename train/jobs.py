@@ -24,6 +24,7 @@ from isthmus.train.mesh import Mesh, Rules
 from isthmus.train.optim.chain import Optimizer
 from isthmus.train.tasks.task import Task
 
+#: (job, workdir, params, results) -> more results.
 Report = Callable[
   ["Fit", pathlib.Path, Any, dict[str, float]], dict[str, float]
 ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+#: A leaf's path: ('params', 'mlp', 'kernel').
 Name = tuple[str, ...]
 _NUMBERS = (bool, int, float, complex)
 

@@ -17,9 +17,13 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+#: Short for jax.sharding.PartitionSpec.
 P = PartitionSpec
+#: Names of a mesh's axes, in order.
 AXES = ("data", "fsdp", "model", "seq")
-ROWS = P(("data", "fsdp"))  # the leading axis of every batch
+#: The leading axis of every batch.
+ROWS = P(("data", "fsdp"))
+#: Pairs of a regex on a parameter's path and its spec.
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 

@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s of one device, by the vendors' datasheets, without sparsity.
+#: Dense bf16 FLOP/s of a device, by the vendors' datasheets, without sparsity.
 DATASHEET = {
   "NVIDIA H100 80GB HBM3": 989.4e12,
   "NVIDIA H100 PCIe": 756e12,

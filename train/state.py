@@ -47,6 +47,7 @@ class TrainState:
   ema: Any = None
 
 
+#: What `make_step` gives.
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 

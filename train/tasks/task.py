@@ -7,7 +7,9 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+#: Field name -> array of all rows.
 Batch = dict[str, jax.Array]
+#: Sums over a batch by name.
 Sums = dict[str, jax.Array]
 
 
