@@ -201,11 +201,9 @@ def _frames(
       if not container.streams.video:
         raise ValueError("it has no video stream")
       stream = container.streams.video[0]
-      # Otherwise damage is painted over with what the neighbours show.
-      stream.codec_context.options = {"err_detect": "explode"}
       period = 1 / float(stream.average_rate or stream.guessed_rate or 25)
       for frame in container.decode(stream):
-        if frame.is_corrupt:
+        if frame.is_corrupt:  # painted over with what its neighbours show
           raise ValueError(f"frame {len(times)} is damaged")
         last = times[-1] + period if times else 0.0
         times.append(last if frame.time is None else frame.time)

@@ -88,6 +88,7 @@ LIES = {
   "offset": ((112, "<2f", 1.0, float("nan")), "slope and offset are 1.0"),
   "magic": ((344, "4s", b"ni1\0"), "single-file"),
   "affine": ((280, "<f", float("nan")), "affine"),
+  "singular": ((280, "<4f", 0, 0, 0, 0), "affine is singular"),
   "spacing": ((80, "<f", float("nan")), "spacing|pixdim|affine"),
 }
 
