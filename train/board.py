@@ -27,6 +27,13 @@ class Board:
   Raises:
     ImportError: tensorboardX, whose messages these are, isn't installed.
     OSError: the file can't be written, here and in `write`.
+
+  Example:
+    >>> board = Board(pathlib.Path("tensorboard"))
+    >>> board.write(10, {"loss": 0.5})
+    >>> board.close()
+    >>> board.path.name.startswith("events.out.tfevents")
+    True
   """
 
   def __init__(self, folder: pathlib.Path, *, purge: int | None = None):
@@ -39,7 +46,8 @@ class Board:
     last = max((int(m[1]) for m in found if m), default=0)
     number = max(int(self._time), last + 1)
     name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}"
-    self._file = (folder / name).open("xb")
+    self.path = folder / name
+    self._file = self.path.open("xb")
     self._put(self._event(file_version="brain.Event:2"))
     if purge is not None:
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -55,6 +63,7 @@ class Board:
     self._file.flush()
 
   def close(self) -> None:
+    """Closes the file; what was written is in it already."""
     self._file.close()
 
   def _put(self, event) -> None:

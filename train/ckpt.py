@@ -1,13 +1,11 @@
 """Checkpoints: asynchronous, atomic, checked on restore, for any mesh.
 
-Orbax v1 writes and reads the arrays; this is the one file that knows it. What
-it adds: a step counts once its SHA-256 manifest is on the disk, a restore
-checks every file against it and walks back to the last good step, and nothing
-is cast, padded or left out silently.
+A step counts once its SHA-256 manifest is on the disk, a restore checks every
+file against it and walks back to the last good step, and nothing is cast,
+padded or left out silently. `arrays` writes and reads what the files hold.
 """
 
 import json
-import logging
 import operator
 import pathlib
 import shutil
@@ -18,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from isthmus.train import leaves, log, manifest, steps
+from isthmus.train import arrays, leaves, log, manifest, steps
 from isthmus.train.leaves import Name
 from isthmus.train.manifest import DamageError
 from isthmus.train.steps import CheckpointError
@@ -68,9 +66,11 @@ class Checkpointer:
     self._step: int | None = None  # the one being written, or the last one
     self._error: Exception | None = None
     self._damaged: set[int] = set()
+    self._inode: int | None = None  # of the folder, on the first process
     if jax.process_index() == 0:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._inode = self.directory.stat().st_ino
         steps.tidy(self.directory)
       except OSError as error:
         raise CheckpointError(
@@ -135,8 +135,12 @@ class Checkpointer:
       if first:
         self.directory.stat()  # Orbax would make a folder that was deleted
         steps.remove(pending)
-      response = _write(pending, leaves.nest(stored))
+        self._make_room(stored)
+      response = arrays.write(pending, leaves.nest(stored))
     except Exception as error:
+      arrays.give_up()
+      if first:
+        self._give_back(pending)
       raise CheckpointError(self._failure(error)) from error
 
     def finish() -> None:
@@ -155,11 +159,11 @@ class Checkpointer:
           )
       except Exception as error:
         self._error = error
+        arrays.give_up()
         if not threading.main_thread().is_alive():  # nobody is left to raise it
           log.say(f"warning: {self._failure(error)}; close() the checkpointer")
         if first:
-          for path in self.directory.glob(pending.name + "*"):
-            shutil.rmtree(path, ignore_errors=True)
+          self._give_back(pending)
 
     # With several processes it may wait for one that is gone.
     self._thread = threading.Thread(
@@ -236,8 +240,27 @@ class Checkpointer:
       return None
     return found, _load(self.directory, found, target)
 
+  def _is_gone(self) -> bool:
+    """Whether the folder was deleted; what was being written makes it again."""
+    try:
+      return self._inode not in (None, self.directory.stat().st_ino)
+    except OSError:
+      return self._inode is not None
+
+  def _make_room(self, stored: dict[Name, Any]) -> None:
+    """Refuses before anything is written what doesn't fit on the disk."""
+    needed = sum(x.size * x.dtype.itemsize for x in stored.values())
+    free = shutil.disk_usage(self.directory).free
+    if needed > free:
+      raise OSError(f"it takes {needed:,} bytes, and {free:,} are free")
+
+  def _give_back(self, pending: pathlib.Path) -> None:
+    """Frees what a save that failed had written."""
+    for path in self.directory.glob(pending.name + "*"):
+      shutil.rmtree(path, ignore_errors=True)
+
   def _failure(self, error: Exception) -> str:
-    if not self.directory.is_dir():
+    if self._is_gone():
       return (
         f"checkpoint {self._step} was not written: {self.directory} was "
         "deleted or moved under the run; put it back, or run again to start "
@@ -324,7 +347,7 @@ def _load(
     n: leaves.template(n, wanted[n]) if n in wanted else None for n in stored
   }
   try:
-    tree = _read(directory / str(step), templates)
+    tree = arrays.read(directory / str(step), templates)
     found = {n: leaves.pick(tree, n) for n in stored if n in wanted}
     out = [
       leaves.restore(n, found.get(n), leaf, part[n])
@@ -373,43 +396,3 @@ def _agree(compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
 
 def _line(error: Exception) -> str:
   return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-# --- Orbax ---
-
-
-def _orbax() -> Any:
-  try:
-    from orbax.checkpoint import v1
-  except ImportError:
-    import orbax.checkpoint.experimental.v1 as v1
-  # A failed write is raised, once; Orbax's threads would also log it, each
-  # with its traceback.
-  noise = logging.getLogger("absl")
-  if _is_news not in noise.filters:
-    noise.addFilter(_is_news)
-  return v1
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-  return "_SignalingThread.run() raised an exception" not in str(record.msg)
-
-
-def _write(path: pathlib.Path, tree: dict[str, Any]) -> Any:
-  """Starts a write; `.result()` returns when all processes have written."""
-  ocp = _orbax()
-  context = ocp.Context()
-  # If folders made in the background can't be made, threads wait for them for
-  # twenty minutes, and so does the interpreter's exit.
-  context.asynchronous.create_directories_asynchronously = False
-  # Parameters shrink by 8%, and take three times as long to write and read.
-  context.array.saving.use_compression = False
-  with context:
-    return ocp.save_async(path, tree)
-
-
-def _read(path: pathlib.Path, templates: dict[Name, Any]) -> dict[str, Any]:
-  """Reads the arrays that have a template; None leaves one out."""
-  ocp = _orbax()
-  asked = {n: ocp.PLACEHOLDER if t is None else t for n, t in templates.items()}
-  return ocp.load(path, leaves.nest(asked))

@@ -31,7 +31,13 @@ _quiet = contextvars.ContextVar("quiet", default=False)
 
 
 def say(text: str) -> None:
-  """One line for the person at the terminal, on stderr."""
+  """One line for the person at the terminal, on stderr.
+
+  Example:
+    >>> with contextlib.redirect_stderr(sys.stdout):
+    ...   say("saved")
+    saved
+  """
   if not _quiet.get() or text.startswith("warning"):
     with contextlib.suppress(OSError):  # a terminal that closed, a pipe's end
       print(text, file=sys.stderr, flush=True)
@@ -42,8 +48,10 @@ def quiet() -> Generator[None, None, None]:
   """Inside it a run shows no bar and says nothing but warnings.
 
   Example:
-    >>> with quiet():
+    >>> with contextlib.redirect_stderr(sys.stdout), quiet():
     ...   say("one of a hundred runs")
+    ...   say("warning: no room")
+    warning: no room
   """
   token = _quiet.set(True)
   try:
@@ -53,7 +61,13 @@ def quiet() -> Generator[None, None, None]:
 
 
 def read(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """The records of a run's metrics.jsonl; what is no record is left out."""
+  """The records of a run's metrics.jsonl; what is no record is left out.
+
+  Example:
+    >>> _ = pathlib.Path("metrics.jsonl").write_text('{"step": 1}\\n{"st')
+    >>> list(read(pathlib.Path()))  # the last line was cut by a kill
+    [{'step': 1}]
+  """
   path = workdir / METRICS
   if path.is_file():
     for line in path.read_bytes().split(b"\n"):
@@ -101,6 +115,13 @@ class Writer:
   Raises:
     WorkdirError: the folder can't be written to, or its disk is full; also
       when a record is written.
+
+  Example:
+    >>> writer = Writer(pathlib.Path())
+    >>> writer.write(10, {"loss": 0.5})
+    >>> writer.close()
+    >>> list(read(pathlib.Path()))
+    [{'step': 10, 'train/loss': 0.5}]
   """
 
   def __init__(
@@ -139,10 +160,12 @@ class Writer:
       self._path.stat()  # an open file outlives its folder
       self._file.write(json.dumps({"step": step, **record}) + "\n")
       self._file.flush()
-      if self._board is not None:
+    if self._board is not None:
+      with _refusing(self._board.path):
         self._board.write(step, named)
 
   def close(self) -> None:
+    """Closes the files; what was written is in them already."""
     for file in (self._file, self._board):
       if file is not None:
         with contextlib.suppress(OSError):  # said when it was written
@@ -158,7 +181,12 @@ def _refusing(path: pathlib.Path) -> Generator[None, None, None]:
 
 
 def refusal(error: OSError, path: Any) -> str:
-  """What went wrong with a file of the run, and what can be done."""
+  """What went wrong with a file of the run, and what can be done.
+
+  Example:
+    >>> refusal(FileNotFoundError(2, "", "runs/a/metrics.jsonl"), None)
+    'runs/a/metrics.jsonl is gone: the folder was deleted or moved ...'
+  """
   where = error.filename2 or error.filename or path
   if isinstance(error, FileNotFoundError):
     return (
@@ -176,6 +204,11 @@ def write_results(workdir: pathlib.Path, results: dict[str, float]) -> None:
 
   Raises:
     WorkdirError: it can't be written; an older one is as it was.
+
+  Example:
+    >>> write_results(pathlib.Path(), {"eval/loss": 0.5})
+    >>> read_results(pathlib.Path())
+    {'eval/loss': 0.5}
   """
   path = workdir / RESULTS
   with _refusing(path):
@@ -183,7 +216,12 @@ def write_results(workdir: pathlib.Path, results: dict[str, float]) -> None:
 
 
 def read_results(workdir: pathlib.Path) -> dict[str, float]:
-  """The results of a run that has ended; a damaged file is set aside."""
+  """The results of a run that has ended; a damaged file is set aside.
+
+  Example:
+    >>> read_results(pathlib.Path())  # before a run's end
+    {}
+  """
   path = workdir / RESULTS
   with _refusing(path):
     if not path.exists():
@@ -199,7 +237,15 @@ def read_results(workdir: pathlib.Path) -> dict[str, float]:
 
 
 class Bar:
-  """The progress bar on a terminal; elsewhere a line at most every 10 s."""
+  """The progress bar on a terminal; elsewhere a line at most every 10 s.
+
+  Example:
+    >>> with contextlib.redirect_stderr(sys.stdout):  # no terminal
+    ...   bar = Bar("train", steps=8, start=0)
+    ...   bar.update(8, "loss 0.5")
+    ...   bar.close()
+    train 8/8 loss 0.5
+  """
 
   def __init__(
     self, name: str, *, steps: int, start: int, enabled: bool = True
@@ -227,6 +273,7 @@ class Bar:
       )
 
   def update(self, step: int, text: str) -> None:
+    """Shows step `step` with a text beside it."""
     if self._progress is not None:
       with contextlib.suppress(OSError):  # its terminal has closed
         self._progress.update(self._row, completed=step, text=text)
@@ -247,6 +294,7 @@ class Bar:
     return f", {_clock(seconds)} left"
 
   def close(self) -> None:
+    """Leaves the terminal to others."""
     if self._progress is not None:
       with contextlib.suppress(OSError):
         self._progress.stop()
@@ -263,7 +311,12 @@ def _clock(seconds: float) -> str:
 
 
 def si(value: float) -> str:
-  """12_300_000 -> '12.3M'."""
+  """12_300_000 -> '12.3M'.
+
+  Example:
+    >>> si(12_300_000), si(0.5)
+    ('12.3M', '0.5')
+  """
   for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
     if abs(value) >= factor:
       return f"{value / factor:.3g}{letter}"
@@ -275,6 +328,14 @@ def plot_losses(workdir: pathlib.Path, title: str) -> pathlib.Path | None:
 
   Raises:
     WorkdirError: it can't be written; an older one is as it was.
+
+  Example:
+    >>> writer = Writer(pathlib.Path())
+    >>> for step in (1, 2, 3):
+    ...   writer.write(step, {"loss": 1 / step})
+    >>> writer.close()
+    >>> plot_losses(pathlib.Path(), "a run").name
+    'loss.png'
   """
   series: dict[str, list[tuple[int, float]]] = {}
   for record in read(workdir):

@@ -47,9 +47,7 @@ def same_run(
   workdir: pathlib.Path, reference: pathlib.Path, *, steps: int = STEPS
 ) -> None:
   """Bit-equal parameters, and each record once, equal in what is learnt."""
-  (step, mine), (last, expected) = params(workdir), params(reference)
-  assert step == last == steps
-  jax.tree.map(np.testing.assert_array_equal, mine, expected)
+  same_params(workdir, reference, steps=steps)
 
   def learnt(folder):
     return [
@@ -61,6 +59,15 @@ def same_run(
   assert [s for s, r in learnt(workdir) if "train/loss" in r] == list(
     range(1, steps + 1)
   )
+
+
+def same_params(
+  workdir: pathlib.Path, reference: pathlib.Path, *, steps: int = STEPS
+) -> None:
+  """Bit-equal parameters of the last step."""
+  (step, mine), (last, expected) = params(workdir), params(reference)
+  assert step == last == steps
+  jax.tree.map(np.testing.assert_array_equal, mine, expected)
 
 
 def one_line(text: str) -> str:

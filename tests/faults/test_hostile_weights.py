@@ -85,6 +85,12 @@ GGUFS = {
     lambda: make.gguf([gguf_array(8, 3 << 20, bytes(24 << 20))]),
     "claims 3145728 strings in 'k'; at most 1048576",
   ),
+  "a million strings in five arrays": (
+    lambda: make.gguf(
+      [gguf_array(8, 1 << 18, bytes(1 << 21), key) for key in "abcde"]
+    ),
+    "claims 1310720 strings up to 'e'; at most 1048576",
+  ),
   "a string of 2^60 bytes in an array": (
     make.gguf([gguf_array(8, 2, make.text("a") + struct.pack("<Q", HUGE))]),
     f"string 1 of 2 in 'k' ends at byte {HUGE + 66} of 96",

@@ -18,7 +18,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from isthmus.train import ckpt as module
 from isthmus.train import manifest
 from isthmus.train.ckpt import Checkpointer, CheckpointError, restore_params
 from isthmus.train.export import load_safetensors
@@ -556,12 +555,3 @@ def test_two_processes_save_for_one_and_one_for_two(tmp_path):
   np.testing.assert_array_equal(
     load_safetensors(flat)["w"], state["params"]["w"]
   )
-
-
-def test_either_name_of_the_orbax_api_will_do(monkeypatch, folder):
-  import orbax.checkpoint
-
-  monkeypatch.delattr(orbax.checkpoint, "v1", raising=False)
-  assert module._orbax().save_async
-  with Checkpointer(folder) as ckpt:
-    assert_same(ckpt.restore(make_state(0))[1], make_state(2))

@@ -70,6 +70,11 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
   with pytest.raises(WorkdirError, match=r"metrics.jsonl: No space left"):
     writer.write(1, {"loss": 1.0})
   writer.close()
+  writer = log.Writer(tmp_path)
+  writer._board._file = open("/dev/full", "wb")
+  with pytest.raises(WorkdirError, match=r"tfevents.*: No space left"):
+    writer.write(1, {"loss": 1.0})
+  writer.close()
 
 
 def test_tensorboard_holds_the_same(tmp_path):
