@@ -33,6 +33,15 @@ class Archive:
   Raises:
     WeightsError: no zip file, a damaged one, or one with members that are
       compressed, encrypted or doubled.
+
+  Example:
+    >>> import zipfile
+    >>> with zipfile.ZipFile("w.zip", "w") as file:
+    ...   file.writestr("data/0", b"abc")
+    >>> path = pathlib.Path("w.zip")
+    >>> archive = Archive(path, np.frombuffer(path.read_bytes(), np.uint8))
+    >>> archive.read("data/0").tobytes()
+    b'abc'
   """
 
   def __init__(self, path: pathlib.Path, data: np.ndarray):

@@ -31,6 +31,11 @@ class Tensor:
     dtype: the format's own name of the element type.
     start: first byte in the file.
     size: bytes.
+
+  Example:
+    >>> tensor = Tensor((2, 3), "F32", start=64, size=24)
+    >>> tensor.start + tensor.size  # where the next one may lie
+    88
   """
 
   shape: tuple[int, ...]
@@ -46,6 +51,14 @@ class Weights(abc.ABC):
     path: the file or folder.
     metadata: what the file says beside its tensors.
     tensors: where each tensor lies, by name, in the file's order.
+
+  Example:
+    >>> from safetensors.numpy import save_file
+    >>> from isthmus.data.weights.safetensors import SafetensorsFile
+    >>> save_file({"w": np.ones((2, 3), np.float32)}, "w.safetensors")
+    >>> weights = SafetensorsFile("w.safetensors")
+    >>> weights.names, weights.shapes, weights.read("w").shape
+    (('w',), {'w': (2, 3)}, (2, 3))
   """
 
   path: pathlib.Path
@@ -97,6 +110,11 @@ def map_bytes(path: pathlib.Path) -> np.ndarray:
   Raises:
     FileNotFoundError: there is none.
     WeightsError: what is there is a folder, a pipe or a device.
+
+  Example:
+    >>> _ = pathlib.Path("data").write_bytes(b"abc")
+    >>> map_bytes(pathlib.Path("data")).tolist()
+    [97, 98, 99]
   """
   if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait
     raise WeightsError(f"{path}: not a regular file")
@@ -113,6 +131,15 @@ class Cursor:
     path: named in errors.
     data: uint8 [size].
     at: the byte to start at.
+
+  Example:
+    >>> data = np.array([2, 0, *b"ab"], np.uint8)
+    >>> file = Cursor(pathlib.Path("f"), data)
+    >>> file.number("H", "a length"), file.take(2, "a name"), file.left
+    (2, b'ab', 0)
+    >>> file.need(1, "a tensor")
+    Traceback (most recent call last):
+    isthmus.data.weights.file.WeightsError: f: a tensor takes 1 bytes at ...
   """
 
   def __init__(self, path: pathlib.Path, data: np.ndarray, at: int = 0):
@@ -154,7 +181,12 @@ class Cursor:
 
 
 def quote(text: Any) -> str:
-  """A file's own words as an error may hold them: one line, not long."""
+  """A file's own words as an error may hold them: one line, not long.
+
+  Example:
+    >>> quote("name"), len(quote("x" * 1000))
+    ("'name'", 80)
+  """
   return _QUOTE.repr(text)
 
 
@@ -162,6 +194,10 @@ def count(shape: tuple[int, ...]) -> int:
   """Elements of a shape, axes of length 0 taken as 1.
 
   So an empty tensor can't claim an axis that no array could have.
+
+  Example:
+    >>> count((2, 3)), count((0, 1000))
+    (6, 1000)
   """
   return math.prod(max(n, 1) for n in shape)
 
@@ -179,6 +215,11 @@ def inside(
 
   Raises:
     WeightsError: the name leads elsewhere, by itself or through a link.
+
+  Example:
+    >>> inside(pathlib.Path("model"), "../secret")
+    Traceback (most recent call last):
+    isthmus.data.weights.file.WeightsError: model: '../secret' is not a ...
   """
   plain = name not in ("", ".", "..") and not set(name) & set("/\\\0:")
   if not plain:

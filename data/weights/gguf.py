@@ -105,11 +105,16 @@ class GgufFile(Weights):
     WeightsError: a count, length, type or offset that doesn't fit.
 
   Example:
-    >>> file = GgufFile("model.gguf")  # doctest: +SKIP
-    >>> file.metadata["general.architecture"]  # doctest: +SKIP
-    'llama'
-    >>> file.read("token_embd.weight").shape  # doctest: +SKIP
-    (49152, 576)
+    >>> import gguf
+    >>> writer = gguf.GGUFWriter("w.gguf", "llama")
+    >>> writer.add_tensor("w", np.eye(2, dtype=np.float32))
+    >>> writer.write_header_to_file()
+    >>> writer.write_kv_data_to_file()
+    >>> writer.write_tensors_to_file()
+    >>> writer.close()
+    >>> file = GgufFile("w.gguf")
+    >>> file.metadata["general.architecture"], file.read("w").tolist()
+    ('llama', [[1.0, 0.0], [0.0, 1.0]])
   """
 
   def __init__(self, path: str | os.PathLike):

@@ -58,9 +58,12 @@ class PthFile(Weights):
       pickle that names anything but tensors.
 
   Example:
-    >>> file = PthFile("resnet.pth")  # doctest: +SKIP
-    >>> file.read("conv1.weight").shape  # doctest: +SKIP
-    (64, 3, 7, 7)
+    >>> import pickle, zipfile
+    >>> with zipfile.ZipFile("run.pth", "w") as file:  # as torch.save writes
+    ...   file.writestr("run/data.pkl", pickle.dumps({"epoch": 7}, protocol=2))
+    >>> file = PthFile("run.pth")
+    >>> file.metadata, file.names
+    ({'epoch': 7}, ())
   """
 
   def __init__(self, path: str | os.PathLike):

@@ -111,6 +111,12 @@ class SafetensorsFolder(Weights):
     FileNotFoundError: neither file is there, or a shard of the index isn't.
     WeightsError: the index names a file outside the folder, or doesn't agree
       with the shards.
+
+  Example:
+    >>> from safetensors.numpy import save_file
+    >>> save_file({"w": np.float32([1, 2])}, "model.safetensors")
+    >>> SafetensorsFolder(".").read("w").tolist()
+    [1.0, 2.0]
   """
 
   def __init__(self, path: str | os.PathLike, *, follow_links: bool = False):
@@ -174,6 +180,11 @@ def read_json(
   Raises:
     FileNotFoundError: there is none.
     WeightsError: it is longer, or something else.
+
+  Example:
+    >>> _ = pathlib.Path("config.json").write_text('{"width": 64}')
+    >>> read_json(pathlib.Path("config.json"))
+    {'width': 64}
   """
   data = map_bytes(path)
   if len(data) > most:

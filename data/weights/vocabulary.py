@@ -44,6 +44,22 @@ class GgufTokenizer(Tokenizer):
     ImportError: at first use, where the tokenizers package is missing.
     FileNotFoundError: at first use, where there is no such file.
     WeightsError: at first use, a file without a tokenizer of this kind.
+
+  Example:
+    >>> import gguf
+    >>> writer = gguf.GGUFWriter("w.gguf", "llama")
+    >>> writer.add_tokenizer_model("gpt2")
+    >>> writer.add_tokenizer_pre("gpt-2")
+    >>> writer.add_token_list(["<s>", "t", "o", "to"])
+    >>> writer.add_token_types([3, 1, 1, 1])
+    >>> writer.add_token_merges(["t o"])
+    >>> writer.write_header_to_file()
+    >>> writer.write_kv_data_to_file()
+    >>> writer.close()
+    >>> tokenizer = GgufTokenizer("w.gguf", start_token="<s>")
+    >>> tokens, sizes = next(tokenizer.encode([("poem", "tot")]))
+    >>> tokens.tolist(), sizes.tolist()
+    ([3, 1], [2, 1])
   """
 
   path: str | os.PathLike

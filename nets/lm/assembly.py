@@ -42,6 +42,21 @@ def assemble(
   Raises:
     WeightsError: a tensor that is missing, one too many, one of another shape
       or one that isn't of floats; names it, and both shapes.
+
+  Example:
+    >>> from safetensors.numpy import save_file
+    >>> from isthmus.data.weights.safetensors import SafetensorsFile
+    >>> model = Decoder(vocab_size=16, width=8, depth=2, num_heads=2)
+    >>> names, arrays = {}, {}
+    >>> for path, shape in parameter_shapes(model).items():
+    ...   names[path] = path.replace("blocks", "{}")
+    ...   shape = shape[::-1] if path.endswith("kernel") else shape
+    ...   for i in range(model.depth):
+    ...     arrays[names[path].format(i)] = np.ones(shape, np.float32)
+    >>> save_file(arrays, "w.safetensors")
+    >>> params = assemble(model, SafetensorsFile("w.safetensors"), names)
+    >>> params["stack"]["blocks"]["mlp"]["down"]["kernel"].shape
+    (2, 64, 8)
   """
   _check_size(model, weights)
   shapes = parameter_shapes(model)
@@ -73,7 +88,14 @@ def assemble(
 
 
 def parameter_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-  """Shape of each parameter by its path, those of blocks for one layer."""
+  """Shape of each parameter by its path, those of blocks for one layer.
+
+  Example:
+    >>> model = Decoder(vocab_size=16, width=8, depth=2, num_heads=2)
+    >>> shapes = parameter_shapes(model)
+    >>> shapes["embed/embedding"], shapes["stack/blocks/attn/q/kernel"]
+    ((16, 8), (8, 8))
+  """
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   stacked = model.copy(scan=True)
   variables = jax.eval_shape(stacked.init, jax.random.key(0), tokens)

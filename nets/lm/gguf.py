@@ -60,6 +60,16 @@ def load_gguf(
     ImportError: quantised tensors, where the package gguf is missing.
     WeightsError: a damaged file; another architecture or scaling of
       positions; a tensor that is missing, one too many, or of another shape.
+
+  Example:
+    >>> import gguf
+    >>> writer = gguf.GGUFWriter("w.gguf", "mamba")
+    >>> writer.write_header_to_file()
+    >>> writer.write_kv_data_to_file()
+    >>> writer.close()
+    >>> model, params = load_gguf("w.gguf")
+    Traceback (most recent call last):
+    isthmus.data.weights.file.WeightsError: w.gguf: ...'mamba'; 'llama' is read
   """
   file = GgufFile(path)
   tied = _NAMES["head/kernel"] not in file.tensors
