@@ -19,12 +19,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator
 from errno import EINVAL
-from typing import Any
+from typing import IO, Any
 
 import filelock
 
 from isthmus.data.cache import cache_folder
 from isthmus.data.zipped import open_zip
+
+# (name, stream) of a file, (name, None) of a folder.
+_Stream = io.BufferedIOBase | IO[bytes] | None
+_Members = Generator[tuple[str, _Stream], None, None]
 
 _CHUNK = 2**20
 # A name in bytes, and a part of it, as file systems have them.
@@ -186,7 +190,7 @@ class _Writer:
     # As a file system that folds case or accents sees it -> (spelt, is file).
     self.seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}
 
-  def add(self, name: str, file: io.BufferedIOBase | None) -> None:
+  def add(self, name: str, file: _Stream) -> None:
     """A file, or where there is none a folder."""
     parts = check_name(name)
     if not parts:
@@ -225,10 +229,6 @@ class _Writer:
         f"the names {ascii('/'.join(spelt))} and {ascii('/'.join(parts))}"
         " name one file"
       )
-
-
-# (name, stream) of a file, (name, None) of a folder.
-_Members = Generator[tuple[str, io.BufferedIOBase | None], None, None]
 
 
 def _members(raw: io.BufferedIOBase) -> _Members:

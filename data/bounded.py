@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ class Bounded(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_packed(path: str | os.PathLike) -> Iterator[Bounded]:
+def open_packed(path: str | os.PathLike) -> Generator[Bounded, None, None]:
   """Opens a file, gzipped or not, which its content tells, not its name.
 
   Example:

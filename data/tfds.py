@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -164,23 +165,23 @@ def _note_sizes(folder: pathlib.Path) -> None:
 
 def _check_counts(builder: Any) -> None:
   """A file cut off at a block's end opens, and holds fewer examples."""
-  from array_record.python import array_record_module
-
+  records = importlib.import_module("array_record.python.array_record_module")
   for split in builder.info.splits.values():
-    paths = map(os.fspath, split.filepaths)
+    paths = [pathlib.Path(path) for path in split.filepaths]
     for path, length in zip(paths, split.shard_lengths, strict=True):
-      if ".array_record" not in pathlib.Path(path).name:
+      if ".array_record" not in path.name:
         continue
       try:
-        reader = array_record_module.ArrayRecordReader(path)
+        reader = records.ArrayRecordReader(os.fspath(path))
         found = reader.num_records()
         reader.close()
       except Exception as error:
-        raise _damaged(path, error) from error
+        raise _damaged(os.fspath(path), error) from error
       if found != length:
         raise ValueError(
-          f"{path!r} holds {found} examples, it was prepared with {length};"
-          f" delete {os.fspath(builder.data_dir)!r} to have it prepared again"
+          f"{os.fspath(path)!r} holds {found} examples, it was prepared with"
+          f" {length}; delete {os.fspath(builder.data_dir)!r} to have it prepared"
+          " again"
         )
 
 

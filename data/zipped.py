@@ -4,7 +4,7 @@ import contextlib
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from io import BufferedIOBase
 
 _END, _END64, _LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
@@ -13,7 +13,7 @@ _TAIL = 22 + 2**16
 
 
 @contextlib.contextmanager
-def open_zip(raw: BufferedIOBase) -> Iterator[zipfile.ZipFile]:
+def open_zip(raw: BufferedIOBase) -> Generator[zipfile.ZipFile, None, None]:
   """A zip file whose members can be read one by one, within bounds.
 
   Its members are stored or deflated, which unpack a bounded amount at a time,
