@@ -180,7 +180,7 @@ def _check_counts(builder: Any) -> None:
       if found != length:
         raise ValueError(
           f"{os.fspath(path)!r} holds {found} examples, it was prepared with"
-          f" {length}; delete {os.fspath(builder.data_dir)!r} to have it prepared"
+          f" {length}; delete {os.fspath(path.parent)!r} to have it prepared"
           " again"
         )
 
