@@ -8,6 +8,7 @@ what is gone are removed.
 import ast
 import pathlib
 import re
+from collections.abc import Iterable
 
 from sources import ROOT, Module, methods, modules
 
@@ -63,7 +64,10 @@ def _contents(found: list[Module]) -> str:
       "   import numpy as np",
       "   from isthmus.nets.mlp import *  # the page's module",
       "",
-      *_toctree([f"{m.name}/index" for m in portions], depth=2),
+      "``...`` in a result stands for what differs from machine to machine.",
+      "",
+      *_table(portions),
+      *_toctree(map(_place, portions)),
     ]
   )
 
@@ -81,17 +85,21 @@ def _package_page(package: Module, found: list[Module]) -> str:
     links = (f":py:obj:`~{module}.{name}`" for name, module in exported)
     lines += [f"Importable from here: {', '.join(links)}.", ""]
   if inside:
-    lines += [".. list-table::", "   :widths: 30 70", ""]
-    for module in inside:
-      place = module.name.rpartition(".")[2]
-      place += "/index" if module.is_package else ""
-      lines += [f"   * - :doc:`{place}`", f"     - {module.summary}"]
-    names = [
-      m.name.rpartition(".")[2] + ("/index" if m.is_package else "")
-      for m in inside
-    ]
-    lines += ["", *_toctree(names, hidden=True)]
+    lines += [*_table(inside), *_toctree(map(_place, inside))]
   return "\n".join(lines) + "\n"
+
+
+def _place(module: Module) -> str:
+  """A module's page, from the page of the package that it is in."""
+  last = module.name.rpartition(".")[2]
+  return f"{last}/index" if module.is_package else last
+
+
+def _table(found: list[Module]) -> list[str]:
+  lines = [".. list-table::", "   :widths: 30 70", ""]
+  for module in found:
+    lines += [f"   * - :doc:`{_place(module)}`", f"     - {module.summary}"]
+  return [*lines, ""]
 
 
 def _module_page(module: Module) -> str:
@@ -113,18 +121,10 @@ def _title(text: str) -> list[str]:
   return [text, "=" * len(text), ""]
 
 
-def _toctree(
-  names: list[str], *, depth: int = 1, hidden: bool = False
-) -> list[str]:
-  lines = [".. toctree::", f"   :maxdepth: {depth}"]
-  lines += ["   :hidden:"] if hidden else []
-  entries = (f"   {_short(name)} <{name}>" for name in names)
-  return [*lines, "", *entries, ""]
-
-
-def _short(name: str) -> str:
-  """What the side bar calls a page."""
-  return name.removesuffix("/index")
+def _toctree(names: Iterable[str]) -> list[str]:
+  """The side bar's entries, by their short names."""
+  entries = (f"   {n.removesuffix('/index')} <{n}>" for n in names)
+  return [".. toctree::", "   :hidden:", "", *entries, ""]
 
 
 # --- the recipes ---
@@ -217,7 +217,7 @@ def _cells(source: str) -> str:
       out.append(re.sub(r"^# ?", "", body, flags=re.M))
     else:
       body = re.sub(r"^# (?=[%!])", "", body, flags=re.M)
-      out.append(f"```python\n{body}\n```")
+      out.append(f"````python\n{body}\n````")
   return "\n\n".join(out) + "\n"
 
 
