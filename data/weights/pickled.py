@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 import pickletools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from isthmus.data.weights.file import WeightsError, quote
 
@@ -58,14 +58,27 @@ _NOTHING = {"PROTO", "FRAME"}
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-  """The name of a class or function; never the thing itself."""
+  """The name of a class or function; never the thing itself.
+
+  Example:
+    >>> import pickle
+    >>> program = pickle.dumps(pathlib.Path("w"), protocol=2)
+    >>> interpret(pathlib.Path("w.pth"), program)
+    Traceback (most recent call last):
+    isthmus.data.weights.file.WeightsError: w.pth: ...
+  """
 
   name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-  """A block of elements that tensors are views of."""
+  """A block of elements that tensors are views of.
+
+  Example:
+    >>> Storage("0", "float32", length=6).dtype
+    'float32'
+  """
 
   key: str
   dtype: str
@@ -74,7 +87,14 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """A tensor: elements of a storage, by offset, shape and strides."""
+  """A tensor: elements of a storage, by offset, shape and strides.
+
+  Example:
+    >>> storage = Storage("0", "float32", length=6)
+    >>> transposed = View(storage, offset=0, shape=(3, 2), strides=(1, 3))
+    >>> transposed.shape
+    (3, 2)
+  """
 
   storage: Storage
   offset: int
@@ -106,8 +126,8 @@ def interpret(path: pathlib.Path, program: bytes) -> tuple[Any, int]:
   below: list[list[Any]] = []  # what lies under each mark
   memo: dict[int, Any] = {}
   try:
-    for opcode, argument, at in pickletools.genops(program):
-      name = opcode.name
+    for opcode, pushed, at in pickletools.genops(program):
+      name, argument = opcode.name, cast(Any, pushed)
       number += 1
       if number > _MOST_OPCODES:
         steps.fail(f"a pickle of more than {_MOST_OPCODES} opcodes")

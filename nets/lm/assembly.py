@@ -168,7 +168,7 @@ def _put(params: dict[str, Any], path: str, array: np.ndarray, dtype: Any):
   *parents, last = path.split("/")
   for parent in parents:
     params = params.setdefault(parent, {})
-  # A copy of the file's bytes, which may change or go.
+  # jnp.asarray may borrow the file's bytes, which may change or go.
   params[last] = jnp.array(array, dtype)
 
 

@@ -89,8 +89,26 @@ def load_llama(
       tensor that is missing, one too many, or of another shape.
 
   Example:
-    >>> model, params = load_llama("SmolLM2-135M")  # doctest: +SKIP
-    >>> logits, _ = model.apply({"params": params}, tokens)  # doctest: +SKIP
+    >>> import json, safetensors.numpy
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 9}
+    >>> depth = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> config = {"model_type": "llama", "tie_word_embeddings": True}
+    >>> text = json.dumps(config | sizes | depth)
+    >>> _ = pathlib.Path("config.json").write_text(text)
+    >>> shapes = {"model.embed_tokens": (9, 8), "model.norm": (8,)}
+    >>> for name in ("input_layernorm", "post_attention_layernorm"):
+    ...   shapes["model.layers.0." + name] = (8,)
+    >>> for name in ("q", "k", "v", "o"):
+    ...   shapes[f"model.layers.0.self_attn.{name}_proj"] = (8, 8)
+    >>> for name in ("gate", "up", "down"):
+    ...   shapes[f"model.layers.0.mlp.{name}_proj"] = (8, 8)
+    >>> safetensors.numpy.save_file(
+    ...   {n + ".weight": np.ones(s, np.float16) for n, s in shapes.items()},
+    ...   "model.safetensors",
+    ... )
+    >>> model, params = load_llama(".")
+    >>> params["stack"]["blocks"]["mlp"]["up"]["kernel"].shape
+    (1, 8, 8)
   """
   folder = pathlib.Path(folder)
   path = inside(folder, "config.json", follow_links=follow_links)
@@ -132,7 +150,7 @@ def decoder(
     >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 99}
     >>> depth = {"num_hidden_layers": 2, "num_attention_heads": 4}
     >>> decoder({"model_type": "llama"} | sizes | depth).param_count()
-    94976
+    94912
   """
 
   def fail(reason: str) -> WeightsError:
@@ -217,6 +235,19 @@ def load_tokenizer(
     FileNotFoundError: a file is missing.
     ImportError: the tokenizers package is missing.
     WeightsError: no such token, or more tokens than the model has.
+
+  Example:
+    >>> import json, tokenizers
+    >>> words = tokenizers.models.WordLevel({"to": 0, "be": 1}, unk_token="to")
+    >>> whole = tokenizers.Tokenizer(words)
+    >>> whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> _ = whole.add_special_tokens(["<s>"])
+    >>> whole.save("tokenizer.json")
+    >>> config = json.dumps({"bos_token_id": 2, "vocab_size": 3})
+    >>> _ = pathlib.Path("config.json").write_text(config)
+    >>> tokenizer = load_tokenizer(".")
+    >>> tokenizer.start, next(tokenizer.encode([("poem", "to be")]))[0].tolist()
+    (2, [0, 1])
   """
   folder = pathlib.Path(folder)
   path = inside(folder, "config.json", follow_links=follow_links)
@@ -276,7 +307,7 @@ def _scaling(
       f"the rope scaling {quote(kind)}, which the decoder doesn't have; it"
       " does 'default', 'linear' and 'llama3'"
     )
-  values = [turns.get(name) for name in fields[kind]]
+  values: list[Any] = [turns.get(name) for name in fields[kind]]
   for name, value in zip(fields[kind], values, strict=True):
     if type(value) not in (int, float):
       raise fail(f"{name} of the rope scaling {kind!r} is {quote(value)}")

@@ -23,9 +23,14 @@ def find_smollm2() -> pathlib.Path:
 
   Raises:
     ImportError: the package is missing, or lacks the file.
+
+  Example:
+    >>> find_smollm2().name
+    'SmolLM2-135M-Instruct.Q4_1.gguf'
   """
   spec = importlib.util.find_spec(_PACKAGE)
-  for folder in (spec and spec.submodule_search_locations) or ():
+  folders = spec.submodule_search_locations if spec else None
+  for folder in folders or ():
     path = pathlib.Path(folder) / _FILE
     if path.is_file():
       return path
@@ -55,19 +60,12 @@ def load_smollm2(
     ImportError: a package is missing; says which, and how to install it.
 
   Example:
-    >>> model, params, tokenizer = load_smollm2()  # doctest: +SKIP
-    >>> [(prompt, _)] = tokenizer.encode(
-    ...   [("", "The capital of France is")]
-    ... )  # doctest: +SKIP
-    >>> tokens = generate(
-    ...   model,
-    ...   params,
-    ...   jnp.asarray(prompt[None], jnp.int32),
-    ...   length=1,
-    ...   key=jax.random.key(0),
-    ...   temperature=0.0,
-    ... )  # doctest: +SKIP
-    >>> tokenizer.decode(tokens)  # doctest: +SKIP
+    >>> model, params, tokenizer = load_smollm2(param_dtype=jnp.bfloat16)
+    >>> text = "The capital of France is"
+    >>> tokens, _ = next(tokenizer.encode([("", text)]))
+    >>> tokens = jnp.asarray([[tokenizer.start, *tokens.tolist()]])
+    >>> logits, _ = model.apply({"params": params}, tokens)
+    >>> tokenizer.decode(logits[0, -1].argmax())
     ' Paris'
   """
   path = find_smollm2()

@@ -73,10 +73,10 @@ def test_tokens_are_those_of_the_original(tmp_path, name):
 
 
 def test_digits_are_cut_one_by_one(tmp_path):
-  """What sets the two names apart."""
+  """What sets the two names apart, with the same merges."""
   counts = {}
-  for name, cut in cuts().items():
-    _, content = trained(cut)
+  _, content = trained(cuts()["gpt-2"])
+  for name in cuts():
     path = tmp_path / f"{name}.gguf"
     make.write_gguf(path, {}, metadata(content, name))
     [(tokens, _)] = GgufTokenizer(path).encode([("", " 1984")])

@@ -80,19 +80,14 @@ def test_converted_and_skipped():
   np.testing.assert_array_equal(params["norm"]["scale"], want)
 
 
-def test_the_arrays_are_copies():
-  """A file may change or go once it is loaded."""
-  names, arrays = held(MODEL)
-  arrays = {n: x.astype(np.float32) for n, x in arrays.items()}
-  params = assemble(MODEL, Held(arrays), names)
-  before = np.array(params["embed"]["embedding"])
-  arrays["embed/embedding"][:] = 7
-  np.testing.assert_array_equal(params["embed"]["embedding"], before)
-
-
 def test_far_off_sizes():
   names, arrays = held(MODEL)
-  for change in ({"depth": 1 << 40}, {"width": 1 << 40}, {"hidden": 1 << 40}):
+  for change in (
+    {"depth": 30},
+    {"depth": 1 << 40},
+    {"width": 1 << 40},
+    {"hidden": 1 << 40},
+  ):
     with pytest.raises(WeightsError, match="tensors of .* are no decoder of"):
       assemble(MODEL.copy(**change), Held(arrays), names)
   lacking = {n: x for n, x in arrays.items() if n != "1/attn/v/kernel"}
