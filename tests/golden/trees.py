@@ -42,20 +42,16 @@ def block(entry: Entry) -> list[str]:
 
 
 def recipe(name: str) -> list[str]:
-  """Lines of each model of a recipe's smoke variant, behind its case."""
-  found: dict[str, str] = {}
-  for case, fit in fits(config.load(f"{name}:smoke")).items():
-    for line in lines(variables(fit)):
-      found[f"{case}: {line}" if case else line] = ""
-  return sorted(found)
+  """Lines of the models of a recipe's smoke variant, each once."""
+  found = fits(config.load(f"{name}:smoke"))
+  return sorted({line for fit in found for line in lines(variables(fit))})
 
 
-def fits(job: Any) -> dict[str, Fit]:
-  """The trained models of a job by case: "" of a Fit, and none of others."""
+def fits(job: Any) -> list[Fit]:
+  """What a job trains: itself, the runs of a study, or nothing."""
   if isinstance(job, Fit):
-    return {"": job}
-  runs = job.runs() if hasattr(job, "runs") else {}
-  return {name.rpartition("/")[0]: fit for name, fit in runs.items()}
+    return [job]
+  return list(job.runs().values()) if hasattr(job, "runs") else []
 
 
 def variables(fit: Fit) -> Any:
@@ -97,9 +93,14 @@ def difference(old: list[str] | None, new: list[str]) -> str | None:
     return None
   gone = [x for x in old if x not in set(new)]
   added = [x for x in new if x not in set(old)]
-  parts = [f"gone {', '.join(gone)}"] if gone else []
-  parts += [f"new {', '.join(added)}"] if added else []
+  parts = [f"gone {_some(gone)}"] if gone else []
+  parts += [f"new {_some(added)}"] if added else []
   return f"{'; '.join(parts) or 'the order changed'}; {REMEDY}"
+
+
+def _some(lines: list[str], most: int = 4) -> str:
+  more = f" and {len(lines) - most} more" if len(lines) > most else ""
+  return ", ".join(lines[:most]) + more
 
 
 def orphans() -> list[str]:

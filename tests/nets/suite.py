@@ -51,25 +51,34 @@ class Entry:
   rules: Rules = ()
 
 
+@functools.cache
+def setting(entry: Entry) -> tuple[nn.Module, Any, Any, jax.Array]:
+  """(block, parameters, other collections, x) in float32.
+
+  Parameters are drawn anew, so that none is 0, as biases are at the start.
+  """
+  model = entry.build(dtype=jnp.float32)
+  x = entry.inputs(jax.random.key(0))
+  variables = dict(jax.eval_shape(model.init, jax.random.key(1), x))
+  if len(variables) > 1:  # else nothing needs to be run, or compiled
+    variables = dict(jax.jit(model.init)(jax.random.key(1), x))
+  rng = np.random.default_rng(2)
+
+  def draw(leaf):
+    z = rng.standard_normal(leaf.shape)
+    z = z / leaf.shape[-2] ** 0.5 if leaf.ndim > 1 else 1 + 0.1 * z
+    return jnp.asarray(z, leaf.dtype)
+
+  return model, jax.tree.map(draw, variables.pop("params")), variables, x
+
+
 def call(entry: Entry, model: nn.Module, params: Any, x: Any, **kwargs) -> Any:
   """y alone, of blocks that return y and of those that return (y, aux)."""
   if not entry.train:
     kwargs.pop("train", None)
-  out = model.apply({"params": params}, x, **kwargs)
+  variables = {"params": params, **setting(entry)[2]}
+  out = model.apply(variables, x, **kwargs)
   return out[0] if isinstance(out, tuple) else out
-
-
-@functools.cache
-def setting(entry: Entry) -> tuple[nn.Module, Any, jax.Array]:
-  """(block, parameters, x) in float32; no parameter is 0, as biases start."""
-  model = entry.build(dtype=jnp.float32)
-  x = entry.inputs(jax.random.key(0))
-  params = jax.jit(model.init)(jax.random.key(1), x)["params"]
-  rng = np.random.default_rng(2)
-  params = jax.tree.map(
-    lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype), params
-  )
-  return model, params, x
 
 
 def gradient(
@@ -77,43 +86,51 @@ def gradient(
   model: nn.Module,
   *,
   wrap: Callable[..., Any] = lambda f: f,
-  rounded: bool = False,
 ) -> Callable[..., Any]:
-  """`(params, x) -> (gradients, y)` of a sum of y with fixed random weights.
+  """`(params, x, dy) -> (gradients, y)` of `<dy, y>`.
 
   Args:
     entry: says how the block is called.
     model: the block.
     wrap: put around the function that is differentiated.
-    rounded: y and what comes back to it are rounded to bfloat16.
   """
 
-  def loss(params, x):
+  def loss(params, x, dy):
     y = call(entry, model, params, x, train=False)
-    rng = np.random.default_rng(3)
-    weights = rng.standard_normal(y.shape).astype(np.float32) / y.size**0.5
-    if rounded:
-      y, weights = _round(y), _round(weights)
-    return jnp.sum(weights * y.astype(jnp.float32)), y
+    return jnp.sum(dy * y.astype(jnp.float32)), y
 
-  def run(params, x):
+  def run(params, x, dy):
     real = jnp.issubdtype(x.dtype, jnp.floating)
     argnums = (0, 1) if real else (0,)
-    return jax.grad(wrap(loss), argnums=argnums, has_aux=True)(params, x)
+    return jax.grad(wrap(loss), argnums=argnums, has_aux=True)(params, x, dy)
 
   return run
 
 
 @functools.cache
+def compiled(entry: Entry) -> Callable[..., Any]:
+  """`gradient` in float32 on one device, jitted."""
+  return jax.jit(gradient(entry, setting(entry)[0]))
+
+
+@functools.cache
+def cotangent(entry: Entry) -> np.ndarray:
+  """Fixed random dy, no two entries alike."""
+  shape = setting(entry)[3].shape if entry.output is None else entry.output
+  dy = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+  return dy / dy.size**0.5
+
+
+@functools.cache
 def reference(entry: Entry) -> tuple[Any, jax.Array]:
-  """(gradients, y) in float32 on one device, jitted."""
-  model, params, x = setting(entry)
-  return jax.jit(gradient(entry, model))(params, x)
+  """(gradients, y), which other ways to compute them are compared with."""
+  _, params, _, x = setting(entry)
+  return compiled(entry)(params, x, cotangent(entry))
 
 
 def assert_shape_and_dtype_are_kept(entry: Entry) -> None:
   for dtype in (jnp.float32, jnp.bfloat16):
-    x = _cast(setting(entry)[2], dtype)
+    x = _cast(setting(entry)[3], dtype)
     model = entry.build(dtype=dtype)
     y = jax.eval_shape(
       lambda p, x, model=model: call(entry, model, p, x, train=False),
@@ -138,37 +155,36 @@ def assert_every_parameter_learns(entry: Entry) -> None:
 
 
 def assert_jit_changes_nothing(entry: Entry) -> None:
-  model, params, x = setting(entry)
+  model, params, _, x = setting(entry)
   y = call(entry, model, params, x, train=False)
   _close(entry, "without jit", y, reference(entry)[1], 1e-5)
 
 
 def assert_vmap_is_a_loop(entry: Entry) -> None:
-  model, params, x = setting(entry)
+  model, params, _, x = setting(entry)
   more = np.stack([x, np.roll(x, 1, axis=1), x[::-1]])
 
   @jax.jit
-  def run(more):
-    def one(x):
-      return call(entry, model, params, x, train=False)
+  @jax.vmap
+  def batched(x):
+    return call(entry, model, params, x, train=False)
 
-    return jax.vmap(one)(more), jnp.stack([one(x) for x in more])
-
-  batched, looped = run(more)
+  looped = [compiled(entry)(params, x, cotangent(entry))[1] for x in more]
   assert np.abs(looped[0] - looped[1]).max() > 0, f"{entry.name} ignores x"
-  _close(entry, "under vmap", batched, looped, 1e-5)
+  _close(entry, "under vmap", batched(more), np.stack(looped), 1e-5)
 
 
 def assert_remat_changes_nothing(entry: Entry) -> None:
   """Same values and gradients, with the recomputation in the jaxpr."""
-  model, params, x = setting(entry)
+  model, params, _, x = setting(entry)
+  args = params, x, cotangent(entry)
   again = gradient(entry, model, wrap=jax.checkpoint)
   plain, more = (
-    sum(name in _REMAT for name in _primitives(f, params, x))
+    sum(name in _REMAT for name in _primitives(f, *args))
     for f in (gradient(entry, model), again)
   )
   assert plain < more, f"{entry.name}: {more} recomputations, {plain} without"
-  (gradients, y), expected = jax.jit(again)(params, x), reference(entry)
+  (gradients, y), expected = jax.jit(again)(*args), reference(entry)
   _close(entry, "under remat", y, expected[1], 1e-5)
   _close(entry, "gradient under remat", gradients, expected[0], 1e-5)
 
@@ -181,10 +197,11 @@ def assert_bfloat16_is_close(entry: Entry) -> None:
   and dy are rounded to bfloat16 (of gradients, the largest of them), or the
   unit of bfloat16 if that is more.
   """
-  exact, params, x = setting(entry)
+  _, params, _, x = setting(entry)
+  dy = cotangent(entry)
   model, narrow = entry.build(dtype=jnp.bfloat16), _cast(x, jnp.bfloat16)
   made = jax.eval_shape(model.init, jax.random.key(0), narrow)["params"]
-  gradients, y = jax.jit(gradient(entry, model))(params, narrow)
+  gradients, y = jax.jit(gradient(entry, model))(params, narrow, dy)
   for path, leaf in jax.tree.leaves_with_path((made, gradients[0])):
     assert leaf.dtype == jnp.float32, (
       f"{entry.name}: {path_name(path)} is {leaf.dtype}, not float32"
@@ -198,12 +215,10 @@ def assert_bfloat16_is_close(entry: Entry) -> None:
     assert name not in _STATISTICS or dtype not in _NARROW, (
       f"{entry.name}: {name} in {dtype}, not float32"
     )
-  naive = jax.jit(gradient(entry, exact, rounded=True))(
-    jax.tree.map(_round, params), _round(x)
-  )
+  naive = compiled(entry)(*jax.tree.map(_round, (params, x, dy)))
   expected = reference(entry)
   error = distance(y, expected[1])
-  allowed = 2 * max(_UNIT, distance(naive[1], expected[1]))
+  allowed = 2 * max(_UNIT, distance(_round(naive[1]), expected[1]))
   assert error <= allowed, (
     f"{entry.name}: bfloat16 is off by {error:.2g}, more than {allowed:.2g}"
   )
@@ -219,7 +234,7 @@ def assert_bfloat16_is_close(entry: Entry) -> None:
 
 def assert_dropout_follows_its_key(entry: Entry) -> None:
   """Equal by key, new by key, and off in evaluation."""
-  _, params, x = setting(entry)
+  _, params, _, x = setting(entry)
   if not entry.dropout:
     _same_in_training(entry)
     return
@@ -235,26 +250,27 @@ def assert_dropout_follows_its_key(entry: Entry) -> None:
   assert not np.array_equal(first, run(two, True)), (
     f"{entry.name}: another key drops the same"
   )
-  off = call(entry, model, params, x, train=False)
+  off = run(one, False)
   _close(entry, "dropout in evaluation", off, reference(entry)[1], 1e-5)
 
 
 def _same_in_training(entry: Entry) -> None:
   """A block without dropout needs no key in training."""
-  model, params, x = setting(entry)
-  y = call(entry, model, params, x, train=True)
+  model, params, _, x = setting(entry)
+  y = jax.jit(lambda p, x: call(entry, model, p, x, train=True))(params, x)
   _close(entry, "in training", y, reference(entry)[1], 1e-5)
 
 
 def assert_devices_change_nothing(entry: Entry) -> None:
   """Rows over `data`, parameters over `model` by the rules: values of one."""
-  model, params, x = setting(entry)
+  model, params, _, x = setting(entry)
   mesh = Mesh(data=-1, model=2 if entry.rules else 1).build()
   placed = shardings(params, entry.rules, mesh)
   spread = jax.device_put(params, placed)
   split = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
   with jax.set_mesh(mesh):
-    gradients, y = jax.jit(gradient(entry, model))(spread, split)
+    run = jax.jit(gradient(entry, model))
+    gradients, y = run(spread, split, cotangent(entry))
   assert len(y.sharding.device_set) == len(jax.devices()) > 1, entry.name
   assert not y.sharding.is_fully_replicated, f"{entry.name}: y is not split"
   for leaf, place in zip(

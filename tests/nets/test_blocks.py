@@ -35,8 +35,8 @@ def _block(dtype, dropout=0.0):
   return Block(_attention(dtype), mlp, dropout=dropout, parent=None)
 
 
-def _stack(scan, dtype, dropout=0.0):
-  return Stack(_block(dtype, dropout), 2, scan=scan)
+def _stack(dtype, dropout=0.0):
+  return Stack(_block(dtype, dropout), 2)
 
 
 def _decoder(dtype, dropout=0.0):
@@ -46,6 +46,7 @@ def _decoder(dtype, dropout=0.0):
     depth=2,
     num_heads=4,
     num_kv_heads=2,
+    scan=False,
     dtype=dtype,
     dropout=dropout,
   )
@@ -67,13 +68,7 @@ BLOCKS = [
   Entry(name="block", build=_block, rules=ATTENTION + MLP, dropout=True),
   Entry(
     name="stack",
-    build=lambda **kw: _stack(True, **kw),
-    rules=ATTENTION + MLP,
-    dropout=True,
-  ),
-  Entry(
-    name="stack_unrolled",
-    build=lambda **kw: _stack(False, **kw),
+    build=_stack,
     rules=ATTENTION + MLP,
     dropout=True,
   ),
