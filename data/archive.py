@@ -1,12 +1,9 @@
 """Archives that may be hostile, unpacked whole or not at all."""
 
-import bz2
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import io
-import lzma
 import os
 import pathlib
 import re
@@ -15,9 +12,7 @@ import shutil
 import stat
 import tarfile
 import unicodedata
-import zipfile
-import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from errno import EINVAL
 from typing import IO, Any
 
@@ -35,15 +30,6 @@ _CHUNK = 2**20
 _MAX_NAME, _MAX_PART = 1024, 255
 # Between two files of a tar: long names, extended headers.
 _MAX_HEADERS = 2**20
-_UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
-  b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
-  b"BZh": bz2.BZ2File,
-  b"\xfd7zXZ\0": lzma.LZMAFile,
-}
-_DAMAGE = (
-  *(EOFError, OSError, ValueError, KeyError, RuntimeError, MemoryError),
-  *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
-)
 
 
 def extract(
@@ -92,7 +78,9 @@ def extract(
         with contextlib.closing(_members(raw)) as members:
           for name, file in members:
             writer.add(name, file)
-      except _DAMAGE as error:
+      except ImportError:
+        raise
+      except Exception as error:  # decoders raise many kinds
         # A full disk, say. EINVAL is a seek to where no byte can be.
         if isinstance(error, OSError) and error.errno not in (None, EINVAL):
           raise
@@ -236,10 +224,24 @@ def _members(raw: io.BufferedIOBase) -> _Members:
   raw.seek(0)
   if begin.startswith((b"PK\3\4", b"PK\5\6")):
     return _zip_members(raw)
-  for magic, unpack in _UNPACKERS.items():
-    if begin.startswith(magic):
-      return _tar_members(unpack(raw))
-  return _tar_members(raw)
+  return _tar_members(_unpack(raw, begin))
+
+
+def _unpack(raw: Any, begin: bytes) -> Any:
+  # Pythons are built without these now and then.
+  if begin.startswith(b"\x1f\x8b"):
+    import gzip
+
+    return gzip.GzipFile(fileobj=raw)
+  if begin.startswith(b"BZh"):
+    import bz2
+
+    return bz2.BZ2File(raw)
+  if begin == b"\xfd7zXZ\0":
+    import lzma
+
+    return lzma.LZMAFile(raw)
+  return raw
 
 
 def _zip_members(raw: io.BufferedIOBase) -> _Members:

@@ -17,6 +17,7 @@ import struct
 import tarfile
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -149,6 +150,22 @@ def test_archive_bombs(place, read):
   refuse(read, path, f"more than max_bytes of {MAX_BYTES}")
   path = zipped(place / "many.zip", *((f"a/{i}.png", b"") for i in range(1001)))
   refuse(read, path, "more than max_files of 1000")
+
+
+def test_image_bomb(place):
+  """A picture of 3.6 gigapixels in a hundred bytes."""
+  image = pytest.importorskip("PIL.Image")
+  path = place / "images" / "a" / "1.png"
+  path.parent.mkdir(parents=True)
+  image.new("1", (8, 8)).save(path)
+  content = bytearray(path.read_bytes())
+  content[16:24] = struct.pack(">2I", 60000, 60000)
+  content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+  path.write_bytes(content)
+  source = ImageFolder(place / "images", size=8, eval_fraction=0.0).open(
+    "train"
+  )
+  refuse(lambda _: source[0], path, "cannot be read as an image .*3600000000")
 
 
 def test_lying_archive_headers(place):
