@@ -14,9 +14,11 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import pathlib
 import pkgutil
 import re
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 RECIPES = "isthmus.train.recipes"
+_REFUSALS = (ValueError, TypeError, KeyError)  # of objects being built
 
 
 class ConfigError(ValueError):
@@ -66,10 +69,13 @@ def load(config: str, overrides: Sequence[str] = ()) -> Any:
   build = getattr(module, "get_config", None)
   if not callable(build):
     raise ConfigError(f"recipe {name!r} has no function get_config(variant)")
+  expected = Exception if name.endswith(".py") else _REFUSALS
   try:
     job = build(variant) if variant else build()
-  except (ValueError, TypeError, KeyError) as error:
-    raise ConfigError(f"recipe {config!r}: {_one_line(error)}") from error
+  except ConfigError as error:
+    raise ConfigError(f"recipe {config!r}: {error}") from error
+  except expected as error:
+    raise ConfigError(f"recipe {config!r}: {_blame(error, name)}") from error
   if not callable(getattr(job, "run", None)):
     raise ConfigError(
       f"recipe {config!r} returned {type(job).__name__}, which has no run()"
@@ -143,8 +149,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
   return f"; there are {', '.join(names)}" if names else "; there are none"
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
   return " ".join(str(error).split()) or type(error).__name__
+
+
+def _blame(error: BaseException, path: str) -> str:
+  """An error of a recipe in one line: its kind, its words, its line."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f", line {f.lineno}" for f in frames if f.filename == path]
+  kind = "" if isinstance(error, _REFUSALS) else f"{type(error).__name__}: "
+  return f"{kind}{_one_line(error)}{lines[-1] if lines else ''}"
 
 
 def _split(config: str) -> tuple[str, str]:
@@ -159,17 +173,15 @@ def _split(config: str) -> tuple[str, str]:
 def _module(name: str) -> types.ModuleType:
   if name.endswith(".py"):
     path = pathlib.Path(name)
-    if not path.is_file():
-      raise ConfigError(f"--config {name}: no such file")
+    if not os.path.isfile(path):
+      raise ConfigError(f"--config {_one_line(name)[:300]}: no such file")
     spec = importlib.util.spec_from_file_location("recipe_" + path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
       spec.loader.exec_module(module)
-    except Exception as error:
-      raise ConfigError(
-        f"--config {name}: {type(error).__name__}: {_one_line(error)}"
-      ) from error
+    except (Exception, SystemExit) as error:
+      raise ConfigError(f"--config {name}: {_blame(error, name)}") from error
     return module
   names = recipe_names()
   if name not in names:

@@ -247,6 +247,8 @@ class Bar:
     train 8/8 loss 0.5
   """
 
+  EVERY = 10.0  # seconds
+
   def __init__(
     self, name: str, *, steps: int, start: int, enabled: bool = True
   ):
@@ -279,7 +281,7 @@ class Bar:
         self._progress.update(self._row, completed=step, text=text)
       return
     now = time.monotonic()
-    if self._enabled and (step >= self.steps or now - self._last >= 10):
+    if self._enabled and (step >= self.steps or now - self._last >= self.EVERY):
       self._last = now
       say(f"{self._name} {step}/{self.steps} {text}{self._left(step, now)}")
 

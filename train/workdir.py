@@ -46,6 +46,13 @@ def lock(
   import filelock
 
   try:
+    str(workdir).encode()
+  except UnicodeEncodeError:  # what writes the checkpoints takes no other
+    raise WorkdirError(
+      f"{str(workdir)!r} is not UTF-8, or this locale isn't: set PYTHONUTF8=1, "
+      "or give another --workdir"
+    ) from None
+  try:
     workdir.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(workdir / ".lock", timeout=wait)
     held.acquire()

@@ -1,0 +1,101 @@
+"""Files made to do harm, and what is held of those who read them."""
+
+import contextlib
+import io
+import pathlib
+import struct
+import tarfile
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+from isthmus.data.archive import extract
+
+MAX_BYTES = 10**7
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+  """The working folder, with the cache inside, so that a snapshot sees all."""
+  (tmp_path / "outer" / "inner").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / "outer" / "inner")
+  monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "outer" / "cache"))
+  return tmp_path / "outer" / "inner"
+
+
+def snapshot():
+  """Path -> content, less the locks and the cache's folders, which stay."""
+  root = pathlib.Path.cwd().parents[1]
+  return {
+    path: path.read_bytes() if path.is_file() else None
+    for path in root.rglob("*")
+    if path.suffix != ".lock" and path.name not in ("cache", "archives")
+  }
+
+
+@contextlib.contextmanager
+def quick(limit=1.0):
+  """Within a second of this process's time: others may be at work too."""
+  begin = time.process_time()
+  yield
+  spent = time.process_time() - begin
+  assert spent <= limit, f"took {spent:.2f} s"
+
+
+def refuse(read, path, cause):
+  """One line that names the file and the cause, in a second, writing naught."""
+  before = snapshot()
+  with quick(), pytest.raises((ValueError, RuntimeError), match=cause) as info:
+    read(path)
+  said = str(info.value)
+  assert path.name in said and "\n" not in said and len(said) < 500, said
+  assert snapshot() == before
+
+
+def unpack(path):
+  target = path.parent / "out"
+  extract(path, target, max_bytes=MAX_BYTES, max_files=1000)
+
+
+def zipped(path, *members):
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    for name, content in members:
+      file.writestr(name, content)
+  return path
+
+
+def tarred(path, *members):
+  """members: (name, content), or a TarInfo without content."""
+  mode = "w:gz" if path.suffix == ".gz" else "w"
+  with tarfile.open(path, mode) as file:
+    for member in members:
+      if isinstance(member, tarfile.TarInfo):
+        file.addfile(member)
+        continue
+      info = tarfile.TarInfo(member[0])
+      info.size = len(member[1])
+      file.addfile(info, io.BytesIO(member[1]))
+  return path
+
+
+def idx(array, shape=None):
+  shape = array.shape if shape is None else shape
+  return struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape) + (
+    array.tobytes()
+  )
+
+
+ITEMS = np.random.default_rng(0).integers(0, 256, (6, 7, 5), np.uint8)
+
+
+def nifti_bytes(array):
+  nibabel = pytest.importorskip("nibabel")
+  return nibabel.Nifti1Image(array, np.diag([1, 2, 3, 1])).to_bytes()
+
+
+def read_nifti(path):
+  from isthmus.data import nifti
+
+  return nifti.read(path)
