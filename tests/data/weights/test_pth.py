@@ -140,3 +140,63 @@ def test_only_tensors_are_values(tmp_path):
   clash = {"a/b": make.Saved(ROW), "a": {"b": 1}}
   with pytest.raises(WeightsError, match="two values are named 'a/b'"):
     opened(tmp_path, make.pth(clash, {"0": ROW.tobytes()}))
+
+
+# ---- against torch; pytest -m parity
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch(tmp_path, zipped, protocol):
+  torch = pytest.importorskip("torch")
+  net = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 4, 3),
+    torch.nn.BatchNorm2d(4),
+    torch.nn.Linear(4, 5, dtype=torch.bfloat16),
+  )
+  adam = torch.optim.Adam(net.parameters())
+  for weight in net.parameters():
+    weight.grad = torch.ones_like(weight)
+  adam.step()
+  base = torch.arange(24.0).reshape(4, 6)
+  names = ("int8", "uint8", "int16", "int32", "int64", "float16", "float64")
+  tree = {
+    "net": net.state_dict(),
+    "adam": adam.state_dict(),
+    "weights": dict(net.named_parameters()),
+    "views": [base[1:, ::2], base.t(), base[0, 0], torch.zeros(0, 3)],
+    "types": {n: torch.arange(3).to(getattr(torch, n)) for n in names},
+    "flags": torch.tensor([True, False]),
+    "epoch": 3,
+  }
+  path = tmp_path / "w.pth"
+  torch.save(
+    tree,
+    path,
+    pickle_protocol=protocol,
+    _use_new_zipfile_serialization=zipped,
+  )
+  file, want = PthFile(path), dict(flatten((), tree))
+  tensors = {n: x for n, x in want.items() if isinstance(x, torch.Tensor)}
+  assert set(file.names) == set(tensors) and len(tensors) > 40
+  for name, tensor in tensors.items():
+    found = file.read(name)
+    assert found.shape == tuple(tensor.shape)
+    assert str(tensor.dtype) == f"torch.{found.dtype.name}"
+    wide = tensor.detach().double().numpy()
+    np.testing.assert_array_equal(found.astype(np.float64), wide)
+  assert file.metadata == {n: x for n, x in want.items() if n not in tensors}
+  torch.save(net, path, _use_new_zipfile_serialization=zipped)
+  with pytest.raises(WeightsError, match="names torch.nn.modules.container"):
+    PthFile(path)
+
+
+def flatten(parts, value):
+  """(name, leaf) of nested dicts, lists and tuples."""
+  if isinstance(value, (dict, list, tuple)) and value:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+      yield from flatten((*parts, str(key)), inner)
+  else:
+    yield "/".join(parts), value
