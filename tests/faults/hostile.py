@@ -16,9 +16,8 @@ from isthmus.data.archive import extract
 MAX_BYTES = 10**7
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-  """The working folder, with the cache inside, so that a snapshot sees all."""
+def working_folder(tmp_path, monkeypatch):
+  """A fixture: chosen, with the cache beside, so that a snapshot sees all."""
   (tmp_path / "outer" / "inner").mkdir(parents=True)
   monkeypatch.chdir(tmp_path / "outer" / "inner")
   monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "outer" / "cache"))
@@ -44,7 +43,7 @@ def quick(limit=1.0):
   assert spent <= limit, f"took {spent:.2f} s"
 
 
-def refuse(read, path, cause):
+def assert_refused(read, path, cause):
   """One line that names the file and the cause, in a second, writing naught."""
   before = snapshot()
   with quick(), pytest.raises((ValueError, RuntimeError), match=cause) as info:

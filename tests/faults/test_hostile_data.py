@@ -24,14 +24,17 @@ from isthmus.data.npz import Npz, read_npz
 from tests.faults.hostile import (
   ITEMS,
   MAX_BYTES,
+  assert_refused,
   idx,
   nifti_bytes,
   read_nifti,
-  refuse,
   tarred,
   unpack,
+  working_folder,
   zipped,
-)  # fmt: skip
+)
+
+_place = pytest.fixture(autouse=True, name="place")(working_folder)
 
 # Of zeros, in a mebibyte of gzip.
 GIBIBYTE = gzip.compress(bytes(2**20)) * 1024
@@ -48,7 +51,7 @@ def as_images(path):
 )
 def test_slips(place, read, pack, name):
   path = pack(place / "slip", ("a/1.png", b"1"), (name, b"2"))
-  refuse(read, path, "leaves the folder|is absolute|backslash")
+  assert_refused(read, path, "leaves the folder|is absolute|backslash")
   assert not os.path.exists("/tmp/isthmus-slip")
 
 
@@ -60,7 +63,7 @@ def test_links_and_devices(place, read, kind):
   info = tarfile.TarInfo("a/link")
   info.type, info.linkname = getattr(tarfile, kind), "../../../etc/passwd"
   path = tarred(place / "links.tar", ("a/1.png", b"1"), info)
-  refuse(read, path, "'a/link' is a link, device")
+  assert_refused(read, path, "'a/link' is a link, device")
 
 
 def test_link_then_a_file_through_it(place):
@@ -68,11 +71,11 @@ def test_link_then_a_file_through_it(place):
   link = tarfile.TarInfo("a")
   link.type, link.linkname = tarfile.SYMTYPE, str(place.parent)
   path = tarred(place / "through.tar.gz", link, ("a/x", b"1"))
-  refuse(unpack, path, "'a' is a link")
+  assert_refused(unpack, path, "'a' is a link")
   info = zipfile.ZipInfo("a")
   info.external_attr = (stat.S_IFLNK | 0o777) << 16
   path = zipped(place / "through.zip", (info, str(place.parent)), ("a/x", b"1"))
-  refuse(unpack, path, "'a' is a link")
+  assert_refused(unpack, path, "'a' is a link")
 
 
 @pytest.mark.parametrize("read", [unpack, as_images])
@@ -80,7 +83,7 @@ def test_archive_bombs(place, read):
   zeros = bytes(10 * MAX_BYTES)
   path = zipped(place / "bomb.zip", ("a/1.png", zeros))
   assert path.stat().st_size < MAX_BYTES / 50
-  refuse(read, path, f"more than max_bytes of {MAX_BYTES}")
+  assert_refused(read, path, f"more than max_bytes of {MAX_BYTES}")
   info = tarfile.TarInfo("a/1.png")
   info.size = 2**30
   path = place / "bomb.tar.gz"
@@ -88,9 +91,9 @@ def test_archive_bombs(place, read):
     gzip.compress(info.tobuf()) + gzip.compress(bytes(2**20)) * 1025
   )
   assert path.stat().st_size < 2**21
-  refuse(read, path, f"more than max_bytes of {MAX_BYTES}")
+  assert_refused(read, path, f"more than max_bytes of {MAX_BYTES}")
   path = zipped(place / "many.zip", *((f"a/{i}.png", b"") for i in range(1001)))
-  refuse(read, path, "more than max_files of 1000")
+  assert_refused(read, path, "more than max_files of 1000")
 
 
 def test_image_bomb(place):
@@ -106,7 +109,9 @@ def test_image_bomb(place):
   source = ImageFolder(place / "images", size=8, eval_fraction=0.0).open(
     "train"
   )
-  refuse(lambda _: source[0], path, "cannot be read as an image .*3600000000")
+  assert_refused(
+    lambda _: source[0], path, "cannot be read as an image .*3600000000"
+  )
 
 
 def test_lying_archive_headers(place):
@@ -116,12 +121,12 @@ def test_lying_archive_headers(place):
     begin = content.index(magic) + at
     content[begin : begin + 4] = (100).to_bytes(4, "little")
   path.write_bytes(content)
-  refuse(unpack, path, "CRC")
+  assert_refused(unpack, path, "CRC")
   info = tarfile.TarInfo("x")
   info.size = 2**40
   path = place / "lie.tar"
   path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
-  refuse(unpack, path, "unexpected end of data")
+  assert_refused(unpack, path, "unexpected end of data")
 
 
 class Mark:
@@ -148,7 +153,9 @@ def test_pickled_objects_in_npz(place):
   nested = np.zeros(1, [("n", "i4"), ("deep", [("o", "O", (2,))])])
   for array in (plain, nested):
     path = zipped(place / "objects.npz", ("x.npy", npy(array)))
-    refuse(lambda p: Npz(p).open("train"), path, "'x' has dtype.*runs code")
+    assert_refused(
+      lambda p: Npz(p).open("train"), path, "'x' has dtype.*runs code"
+    )
   assert not (place / "unpickled").exists()
 
 
@@ -157,13 +164,15 @@ def test_lying_npz(place):
   assert npy(array, (2**40,)) != npy(array)
   for shape in ((13,), (2**40,), (2**31, 2**31, 2**31)):
     path = zipped(place / "lie.npz", ("x.npy", npy(array, shape)))
-    refuse(read_npz, path, "'x' has the shape .* but 48 are there")
+    assert_refused(read_npz, path, "'x' has the shape .* but 48 are there")
   path = zipped(place / "bomb.npz", ("x.npy", npy(np.zeros(10**7))))
   assert path.stat().st_size < 10**5
-  refuse(lambda p: Npz(p, max_bytes=10**6).open("train"), path, "max_bytes is")
+  assert_refused(
+    lambda p: Npz(p, max_bytes=10**6).open("train"), path, "max_bytes is"
+  )
   for name in ("../x.npy", "/x.npy", "..\\x.npy"):
     path = zipped(place / "slip.npz", (name, npy(array)))
-    refuse(read_npz, path, "leaves|absolute|backslash")
+    assert_refused(read_npz, path, "leaves|absolute|backslash")
 
 
 def test_lying_idx(place):
@@ -171,12 +180,12 @@ def test_lying_idx(place):
     for shape in ((7, 7, 5), (5, 7, 5), (2**32 - 1,), (2**32 - 1,) * 8):
       path = place / name
       path.write_bytes(pack(idx(ITEMS, shape)))
-      refuse(read_idx, path, r"shape \(.* takes")
+      assert_refused(read_idx, path, r"shape \(.* takes")
   # A gibibyte of zeros after a header that asks for 210 bytes.
   path.write_bytes(
     gzip.compress(idx(ITEMS)) + gzip.compress(bytes(2**20)) * 1024
   )
-  refuse(read_idx, path, "takes 210 bytes of items, it has more")
+  assert_refused(read_idx, path, "takes 210 bytes of items, it has more")
 
 
 def test_lying_nifti(place):
@@ -186,6 +195,6 @@ def test_lying_nifti(place):
     for name, pack in (("lie.nii", bytes), ("lie.nii.gz", gzip.compress)):
       path = place / name
       path.write_bytes(pack(content))
-      refuse(read_nifti, path, "shape")
+      assert_refused(read_nifti, path, "shape")
   path.write_bytes(gzip.compress(nifti_bytes(ITEMS)) + GIBIBYTE)
-  refuse(read_nifti, path, r"\(6, 7, 5\) takes .* it has more")
+  assert_refused(read_nifti, path, r"\(6, 7, 5\) takes .* it has more")

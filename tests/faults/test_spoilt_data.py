@@ -25,8 +25,11 @@ from tests.faults.hostile import (
   snapshot,
   tarred,
   unpack,
+  working_folder,
   zipped,
-)  # fmt: skip
+)
+
+_place = pytest.fixture(autouse=True, name="place")(working_folder)
 
 
 def spoilt(content, count):
