@@ -5,10 +5,11 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
-COMMANDS = ("show", "doctor", "generate", "export", "table")
+COMMANDS = ("show", "doctor", "generate", "export", "table", "verify")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   0: done, or stopped by SIGTERM with everything saved. 1: the run failed.
   2: the command, the settings or the folder can't be used.
+
+  Example:
+    >>> main(["show", "quickstart"])
+    quickstart: A byte-level language model on Python's own source
+    ...
+    0
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -41,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     "generate": _generate,
     "export": _export,
     "table": _table,
+    "verify": _verify,
   }.get(command)
   if run is None:
     from isthmus.train.config import nearest
@@ -70,7 +78,7 @@ def _run(argv: list[str]) -> int:
     description="Trains and measures block-structured deep learning.",
     epilog="Other commands: isthmus show NAME, isthmus doctor, "
     "isthmus generate --workdir DIR, isthmus export --workdir DIR FILE, "
-    "isthmus table. "
+    "isthmus table, isthmus verify NAME. "
     "A recipe given as path.py is Python code, and is run as such.",
   )
   parser.add_argument(
@@ -292,3 +300,43 @@ def _export(argv: list[str]) -> int:
     return _refuse(f"{args.file}: {error.strerror or error}")
   print(f"step {step}: {args.file}")
   return 0
+
+
+def _verify(argv: list[str]) -> int:
+  parser = _Parser(
+    prog="isthmus verify",
+    allow_abbrev=False,
+    description="Runs the checks that recipes commit to and compares the "
+    "figures; exits with 1 if one is missed.",
+  )
+  parser.add_argument("names", nargs="+", metavar="NAME", help="recipes")
+  parser.add_argument(
+    "--workdir",
+    type=pathlib.Path,
+    metavar="DIR",
+    help="a new folder (default: runs/verify/TIME); NAME/verify.json in it",
+  )
+  args = parser.parse_args(argv)
+  from isthmus.train import recipe, verify
+  from isthmus.train.ckpt import CheckpointError
+  from isthmus.train.config import ConfigError
+  from isthmus.train.loop import NonFiniteError
+  from isthmus.train.workdir import WorkdirError
+
+  folder = args.workdir
+  if folder is None:
+    folder = pathlib.Path("runs/verify") / time.strftime("%Y%m%d-%H%M%S")
+  try:
+    for name in args.names:  # before the first of them runs for minutes
+      verify.parse(name, recipe.read(name)["Check"])
+    reports = [verify.verify(n, folder / n) for n in dict.fromkeys(args.names)]
+  except (ConfigError, WorkdirError) as error:
+    return _refuse(str(error))
+  except (CheckpointError, NonFiniteError) as error:
+    print(f"isthmus: {error}", file=sys.stderr)
+    return 1
+  for report in reports:
+    for line in verify.lines(report):
+      print(line)
+    print(f"  {folder / report['recipe'] / 'verify.json'}")
+  return 0 if all(report["ok"] for report in reports) else 1

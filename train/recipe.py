@@ -3,7 +3,8 @@
 A recipe's docstring opens with its title and holds these fields, each at the
 start of a line, a value going on in indented lines:
 
-  Link, Year, Family, Core, Reproduced, Simplified, Command, Claim, Measured
+  Link, Year, Family, Core, Reproduced, Simplified, Command, Claim, Measured,
+  Check
 """
 
 import ast
@@ -24,12 +25,19 @@ FIELDS = (
   "Command",
   "Claim",
   "Measured",
+  "Check",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """A recipe's name, its title, and its fields."""
+  """A recipe's name, its title, and its fields.
+
+  Example:
+    >>> found = Recipe("toy", "A toy", {"Family": "vision"})
+    >>> found["Family"]
+    'vision'
+  """
 
   name: str
   title: str
@@ -44,6 +52,12 @@ def parse(name: str, docstring: str) -> Recipe:
 
   Raises:
     ValueError: a field that is missing, doubled or unknown.
+
+  Example:
+    >>> lines = ["A toy.", "", *(f"{field}: none" for field in FIELDS)]
+    >>> found = parse("toy", "\\n".join(lines))
+    >>> found.title, found["Claim"]
+    ('A toy', 'none')
   """
   title, _, body = docstring.strip().partition("\n")
   fields: dict[str, str] = {}
@@ -66,7 +80,12 @@ def parse(name: str, docstring: str) -> Recipe:
 
 
 def read(name: str) -> Recipe:
-  """The recipe of that name; its file is parsed, not run."""
+  """The recipe of that name; its file is parsed, not run.
+
+  Example:
+    >>> read("quickstart")["Core"]
+    'nets/transformer.py'
+  """
   if name not in recipe_names():
     raise ConfigError(f"no recipe {name!r}{nearest(name, recipe_names())}")
   spec = importlib.util.find_spec(f"{RECIPES}.{name}")
@@ -76,7 +95,12 @@ def read(name: str) -> Recipe:
 
 
 def table() -> str:
-  """The README's table of systems, from the docstrings."""
+  """The README's table of systems, from the docstrings.
+
+  Example:
+    >>> "`quickstart`" in table()
+    True
+  """
   lines = [
     "| system | `--config` | family | core file | claim | measured |",
     "|---|---|---|---|---|---|",
@@ -99,6 +123,13 @@ def write_table(document: pathlib.Path) -> None:
 
   Raises:
     ConfigError: the document can't be read, or lacks the marks.
+
+  Example:
+    >>> path = pathlib.Path("README.md")
+    >>> _ = path.write_text("<!-- systems: isthmus table --><!-- end -->")
+    >>> write_table(path)
+    >>> table() in path.read_text()
+    True
   """
   try:
     text = document.read_text()
