@@ -70,10 +70,26 @@ class Tfds:
     # By name, a prepared data set comes back in the format it has on disk.
     by_name = functools.partial(tfds.builder, self.builder)
     make = by_name if isinstance(self.builder, str) else self.builder
-    builder = make(data_dir=data_dir)
+    try:
+      builder = make(data_dir=data_dir)
+    except Exception:
+      self._check_descriptions()
+      raise
     if _is_prepared(builder):
       return builder
     return make(data_dir=data_dir, file_format="array_record")
+
+  def _check_descriptions(self) -> None:
+    """Names the file, where TFDS only says that some JSON is damaged."""
+    name = str(getattr(self.builder, "name", self.builder)).partition(":")[0]
+    root = self.data_dir or _import().core.constants.DATA_DIR
+    for path in pathlib.Path(root, name).rglob("dataset_info.json"):
+      try:
+        described = json.loads(path.read_text()).get("splits")
+      except (AttributeError, ValueError) as error:
+        raise _damaged(os.fspath(path), error) from error
+      if not described:
+        raise _damaged(os.fspath(path), ValueError("it describes no split"))
 
   def _prepare(self) -> Any:
     builder = self._make()

@@ -124,6 +124,22 @@ def test_fewer_examples_than_were_prepared(builder, tmp_path):
     data.open("eval")
 
 
+@pytest.mark.parametrize("content", ["", '{"splits": [', "[]", "{}"])
+def test_damaged_description_is_named(builder, tmp_path, content):
+  Tfds(builder, data_dir=tmp_path).open("train")
+  path = tmp_path / "squares" / "1.0.0" / "dataset_info.json"
+  path.write_text(content)
+  for named in (builder, "squares"):
+    with pytest.raises(RuntimeError, match="dataset_info.json.*delete") as info:
+      Tfds(named, data_dir=tmp_path).open("train")
+    assert "\n" not in str(info.value)
+
+
+def test_unknown_name_is_left_to_tfds(tmp_path):
+  with pytest.raises(Exception, match="no_such_set"):
+    Tfds("no_such_set", data_dir=tmp_path).open("train")
+
+
 def test_example_that_its_decoder_refuses_is_named(builder, tmp_path):
   source = Tfds(builder, data_dir=tmp_path).open("train")
 
