@@ -24,6 +24,7 @@ extensions = [
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
 ]
+viewcode_follow_imported_members = False
 exclude_patterns = ["_build", "gallery"]
 add_module_names = False
 python_use_unqualified_type_names = True

@@ -1,5 +1,6 @@
 """The site builds from the package without a network; nothing is left out."""
 
+import doctest
 import html
 import os
 import pathlib
@@ -60,7 +61,7 @@ def site(tmp_path_factory):
   )
   seconds = time.monotonic() - began
   assert done.returncode == 0, done.stdout + done.stderr
-  assert seconds < 300, f"the build took {seconds:.0f} s"
+  assert seconds < 240, f"the build took {seconds:.0f} s"
   assert _strays() == strays, "the build leaves files in the checkout"
   return folder / "html"
 
@@ -151,6 +152,11 @@ def test_plots_are_small():
   for path in (DOCS / "gallery").glob("*"):
     assert path.suffix == ".png" and path.stem in recipe.recipe_names(), path
     assert path.stat().st_size <= 150_000, path
+
+
+def test_first_look_runs():
+  found = doctest.testfile(str(DOCS / "index.md"), module_relative=False)
+  assert found.attempted == 7 and not found.failed
 
 
 # --- citing ---
