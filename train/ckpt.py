@@ -317,13 +317,19 @@ def restore_params(
       f"{', '.join(sorted(fields))}; point at a training run's folder"
     )
   if target is None:
-    target = leaves.nest(
-      {
-        name[1:]: np.empty(entry["shape"], entry["dtype"])
-        for name, entry in held.items()
-        if name[0] == field
-      }
-    )
+    try:
+      target = leaves.nest(
+        {
+          name[1:]: np.empty(entry["shape"], entry["dtype"])
+          for name, entry in held.items()
+          if name[0] == field
+        }
+      )
+    except (TypeError, ValueError, MemoryError) as error:
+      raise CheckpointError(
+        f"checkpoint {found} in {directory} can't be read: {_line(error)}; "
+        "look at memory, and at who made it"
+      ) from error
   return found, _load(directory, found, target, field=field)
 
 

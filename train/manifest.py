@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from typing import Any
 
 NAME = "MANIFEST.json"
 FORMAT = 1
+# What JSON that isn't one raises.
+_NO_MANIFEST = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 PACKAGES = ("isthmus", "jax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
@@ -94,7 +97,7 @@ def read(path: pathlib.Path, *, step: int) -> dict[str, Any]:
     body = json.loads(text)
     digest = body.pop("sha256")
     known = body["format"]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except _NO_MANIFEST as error:
     raise DamageError(f"{NAME}: not a manifest ({error})") from None
   if _digest(body) != digest:
     raise DamageError(f"{NAME}: changed after it was written")
@@ -102,6 +105,11 @@ def read(path: pathlib.Path, *, step: int) -> dict[str, Any]:
     raise DamageError(f"{NAME}: format {known}, this version reads {FORMAT}")
   if body["step"] != step:
     raise DamageError(f"{NAME}: of step {body['step']}, in folder {step}")
+  try:
+    _check_names(body)
+    _check_sizes(body)
+  except _NO_MANIFEST as error:
+    raise DamageError(f"{NAME}: not a manifest ({error})") from None
   return body
 
 
@@ -135,6 +143,10 @@ def verify(path: pathlib.Path, *, step: int) -> dict[str, Any]:
       raise DamageError(f"{name}: {error.strerror or error}") from None
     if size != entry["size"]:
       raise DamageError(f"{name}: {size} bytes, {entry['size']} were written")
+  for found in path.rglob("*"):
+    if found.is_symlink():  # to a file that isn't the checkpoint's
+      name = found.relative_to(path).as_posix()
+      raise DamageError(f"{name}: a link, which a save doesn't make")
   for name, entry, digest in zip(
     [name for name, _ in files],
     [entry for _, entry in files],
@@ -187,6 +199,26 @@ def sync(folder: pathlib.Path) -> None:
     pass
   finally:
     os.close(handle)
+
+
+def _check_names(body: dict[str, Any]) -> None:
+  """No name leads out of the folder; raises what is no manifest's."""
+  parts = [part for entry in body["leaves"] for part in entry["path"]]
+  for name in [*body["files"], *parts]:
+    if not name or name[0] == "/" or {"..", "."} & set(name.split("/")):
+      raise ValueError(f"the name {name!r}")
+
+
+def _check_sizes(body: dict[str, Any]) -> None:
+  """Arrays are stored as they are: small files don't hold large ones."""
+  stored = sum(entry["size"] for entry in body["files"].values())
+  held = 0
+  for entry in body["leaves"]:
+    if type(entry["dtype"]) is not str or any(n < 0 for n in entry["shape"]):
+      raise ValueError(f"an array {entry['dtype']}{entry['shape']}")
+    held += math.prod(entry["shape"])
+  if held > 4 * stored + 2**20:
+    raise ValueError(f"{held} elements of arrays in {stored} bytes of files")
 
 
 def _names(path: pathlib.Path) -> list[str]:
