@@ -32,6 +32,11 @@ def entry(key, kind, payload):
   return text(key) + struct.pack("<I", kind) + payload
 
 
+def array(kind, length, payload=b"", key="k"):
+  """A GGUF metadata entry that claims an array of `length` elements."""
+  return entry(key, 9, struct.pack("<IQ", kind, length) + payload)
+
+
 def tensor_entry(name, dims, kind=0, offset=0):
   """An entry of GGUF's table; dims are in the file's order."""
   head = text(name) + struct.pack("<I", len(dims))
