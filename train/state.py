@@ -119,7 +119,8 @@ def make_step(
     >>> batch = {"image": jnp.eye(4), "label": jnp.arange(4)}
     >>> parts = Mlp(16), Classify(), optax.sgd(0.1)
     >>> state = make_init(*parts, jax.eval_shape(lambda: batch), seed=0)()
-    >>> state, metrics = make_step(*parts)(state, batch)
+    >>> step = jax.jit(make_step(*parts), donate_argnums=0)
+    >>> state, metrics = step(state, batch)
     >>> int(state.step), sorted(metrics)
     (1, ['accuracy', 'grad_norm', 'loss'])
   """
