@@ -19,8 +19,9 @@ _SECTION = re.compile(
 _SPAN = re.compile(
   r"(``.+?``|`[^`]+`|(?<![\w*])\*\w[^*\n]*\w\*(?![\w*]))", re.S
 )
-# A star that isn't a bullet's, a bar, an underscore at a word's end.
-_MEANS = re.compile(r"\*(?! )|\||(?<=\w)_(?!\w)")
+# A star that isn't a bullet's, a bar, an underscore at a word's end, the point
+# of "width: m.", which would number a list.
+_MEANS = re.compile(r"\*(?! )|\||(?<=\w)_(?!\w)|(?<=: [A-Za-z])\.(?=\s|$)")
 
 
 def process_docstring(

@@ -117,11 +117,12 @@ class _Text(ast.NodeTransformer):
     return ast.parse(full).body[0].value if full else node
 
   def visit_Subscript(self, node):
-    """A jaxtyping shape stays the string that it is."""
-    is_shaped = re.match(
-      r"\(?(np\.)?(ndarray|Array), ", ast.unparse(node.slice)
-    )
-    return node if is_shaped else self.generic_visit(node)
+    """A jaxtyping shape stays the string that it is, as a literal does."""
+    inner = ast.unparse(node.slice)
+    is_text = ast.unparse(node.value).endswith("Literal")
+    if is_text or re.match(r"\(?(np\.)?(ndarray|Array), ", inner):
+      return node
+    return self.generic_visit(node)
 
 
 def _default(value: ast.expr) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from isthmus.pallas.precision import accumulator
 
+#: cos and sin, each [b|1, t, d/2].
 Rotation = tuple[jax.Array, jax.Array]
 
 

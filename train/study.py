@@ -13,8 +13,9 @@ from isthmus.train import workdir as folder
 from isthmus.train.config import ConfigError, flatten
 from isthmus.train.jobs import Fit
 
-# Case -> the results of its run under each seed.
+#: Case -> the results of its run under each seed.
 Results = Mapping[str, Sequence[Mapping[str, float]]]
+#: (study, workdir, results) -> figures.
 Report = Callable[["Study", pathlib.Path, Results], dict[str, float]]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+#: What is said of a statement.
 Verdict = Literal["replicated", "refuted", "inconclusive"]
 
 
