@@ -147,6 +147,9 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
       raise ValueError("no settings in it")
     if not all(isinstance(v, str) for v in data["resolved"].values()):
       raise ValueError("settings that are no text")
+    given = [data.get("config", ""), *data.get("set", [])]
+    if not all(isinstance(v, str) for v in given):
+      raise ValueError("a recipe that is no text")
   except FileNotFoundError:
     raise WorkdirError(
       f"{workdir} holds no run: {CONFIG} isn't there"

@@ -93,7 +93,13 @@ def test_where_and_how_often_may_change(tmp_path, changes):
 def test_load_refuses(tmp_path):
   with pytest.raises(WorkdirError, match="holds no run"):
     workdir.load(tmp_path)
-  for text in ("{", "[]", "{}", '{"resolved": 3}', "\x00"):
+  spoilt = ('{"resolved": {}, "config": 3}', '{"resolved": {}, "set": [3]}')
+  spoilt += (
+    '{"resolved": {"a": 3}}',
+    '{"resolved": {}, "set": 3}',
+    "[" * 10**5,
+  )
+  for text in ("{", "[]", "{}", '{"resolved": 3}', "\x00", *spoilt):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(WorkdirError, match="damaged .* delete it"):
       workdir.load(tmp_path)
