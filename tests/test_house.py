@@ -59,6 +59,8 @@ def test_nothing_heavy_at_import():
   heavy = {
     *("PIL", "array_record", "matplotlib", "orbax", "safetensors", "sklearn"),
     *("tensorboardX", "tensorflow_datasets", "tokenizers", "jax_triton"),
+    *("av", "gguf", "mlxtend", "nibabel", "nilearn", "skimage", "skvideo"),
+    *("torch", "transformers"),
   }
   for path in _sources():
     for node in ast.parse(path.read_text()).body:

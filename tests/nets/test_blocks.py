@@ -8,7 +8,10 @@ from isthmus.nets import (
   Block,
   Decoder,
   GatedMlp,
+  HourglassMlp,
   Mlp,
+  MlpBlock,
+  ResidualMlp,
   RMSNorm,
   Stack,
 )
@@ -62,6 +65,21 @@ BLOCKS = [
   Entry(
     name="gated_mlp",
     build=lambda dtype: GatedMlp(48, dtype=dtype),
+    rules=MLP,
+  ),
+  Entry(
+    name="mlp_block",
+    build=lambda dtype: MlpBlock(48, dtype=dtype),
+    rules=MLP,
+  ),
+  Entry(
+    name="residual_mlp",
+    build=lambda dtype: ResidualMlp(48, 2, dtype=dtype),
+    rules=MLP,
+  ),
+  Entry(
+    name="hourglass_mlp",
+    build=lambda dtype: HourglassMlp(64, 8, 2, dtype=dtype),
     rules=MLP,
   ),
   Entry(name="attention", build=_attention, rules=ATTENTION),

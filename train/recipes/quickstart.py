@@ -55,7 +55,7 @@ def get_config(variant: str = "cpu") -> Fit:
 
 
 def _small() -> Fit:
-  return _cpu(steps=200)
+  return _cpu(steps=300)
 
 
 def _cpu(steps: int = 1000) -> Fit:

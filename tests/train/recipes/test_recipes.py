@@ -10,6 +10,7 @@ from isthmus.train import config
 from tests.train.recipes import suite
 
 RECIPES = [
+  "hourglass_mlp",
   "quickstart",
 ]
 

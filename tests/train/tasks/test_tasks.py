@@ -6,6 +6,7 @@ import pytest
 
 from isthmus.train.tasks.classify import Classify
 from isthmus.train.tasks.lm import NextToken
+from isthmus.train.tasks.restore import Downsample, Restore
 from tests.train.tasks import suite
 from tests.train.tasks.suite import Entry
 
@@ -40,6 +41,15 @@ class Bigram(nn.Module):
     x = nn.Embed(11, 8, name="embed")(tokens)
     net = Net(11, self.dropout, self.statistics, name="net")
     return net(x, train=train), {}
+
+
+def _restorer(**kwargs):
+  return Net(3, **kwargs)
+
+
+def _pictures(rows):
+  image = np.random.default_rng(0).random((rows, 4, 4, 3))
+  return {"image": image.astype(np.float32)}
 
 
 def _images(rows):
@@ -79,6 +89,13 @@ TASKS = [
     task=NextToken(z_loss=1e-2, segments=False),
     model=Bigram,
     batch=_text,
+  ),
+  Entry(
+    name="restore",
+    # No noise: micro-batches draw other noise than the whole batch does.
+    task=Restore(corruption=Downsample(factor=2)),
+    model=_restorer,
+    batch=_pictures,
   ),
 ]
 
