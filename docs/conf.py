@@ -48,16 +48,7 @@ napoleon_custom_sections = [
 ]
 
 
-def drop_missing(app, page, source):
-  """Leaves pages out of the contents until what they are about is there."""
-  if page == "index":
-    for name in ("faults", "security"):
-      if not (HERE / f"{name}.md").is_file():
-        source[0] = source[0].replace(f"\n{name}\n", "\n")
-
-
 def setup(app):
-  app.connect("source-read", drop_missing)
   app.connect("builder-inited", lambda app: pages.write(), priority=1)
   app.connect("autodoc-process-signature", signatures.process_signature)
   app.connect(

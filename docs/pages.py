@@ -19,7 +19,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 def write() -> None:
   """Writes reference/, recipes/, gallery.md, notebooks/ and notebooks.md."""
-  pages = {**_reference(), **_gallery(), **_notebooks(), **_security()}
+  pages = {**_reference(), **_gallery(), **_notebooks()}
   for folder in ("reference", "recipes", "notebooks"):
     for path in (HERE / folder).rglob("*.*"):
       if path.relative_to(HERE).as_posix() not in pages:
@@ -219,12 +219,3 @@ def _cells(source: str) -> str:
       body = re.sub(r"^# (?=[%!])", "", body, flags=re.M)
       out.append(f"````python\n{body}\n````")
   return "\n\n".join(out) + "\n"
-
-
-# --- what lies beside docs/ and may not be there ---
-
-
-def _security() -> dict[str, str]:
-  if not (ROOT / "SECURITY.md").is_file():
-    return {}
-  return {"security.md": "```{include} ../SECURITY.md\n```\n"}
