@@ -20,6 +20,17 @@ from isthmus.train.mesh import Mesh, P, Rules, path_name, shardings
 WIDTH = 32
 
 
+# Half of the time that these tests take is compilation, of programs that run
+# for microseconds; what they compute doesn't depend on how well they are.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  },
+)
+
+
 def rows(key: jax.Array) -> jax.Array:
   """The usual input: normal [8, 6, 32]."""
   return jax.random.normal(key, (8, 6, WIDTH))
@@ -61,7 +72,7 @@ def setting(entry: Entry) -> tuple[nn.Module, Any, Any, jax.Array]:
   x = entry.inputs(jax.random.key(0))
   variables = dict(jax.eval_shape(model.init, jax.random.key(1), x))
   if len(variables) > 1:  # else nothing needs to be run, or compiled
-    variables = dict(jax.jit(model.init)(jax.random.key(1), x))
+    variables = dict(jit(model.init)(jax.random.key(1), x))
   rng = np.random.default_rng(2)
 
   def draw(leaf):
@@ -110,7 +121,7 @@ def gradient(
 @functools.cache
 def compiled(entry: Entry) -> Callable[..., Any]:
   """`gradient` in float32 on one device, jitted."""
-  return jax.jit(gradient(entry, setting(entry)[0]))
+  return jit(gradient(entry, setting(entry)[0]))
 
 
 @functools.cache
@@ -164,7 +175,7 @@ def assert_vmap_is_a_loop(entry: Entry) -> None:
   model, params, _, x = setting(entry)
   more = np.stack([x, np.roll(x, 1, axis=1), x[::-1]])
 
-  @jax.jit
+  @jit
   @jax.vmap
   def batched(x):
     return call(entry, model, params, x, train=False)
@@ -184,7 +195,7 @@ def assert_remat_changes_nothing(entry: Entry) -> None:
     for f in (gradient(entry, model), again)
   )
   assert plain < more, f"{entry.name}: {more} recomputations, {plain} without"
-  (gradients, y), expected = jax.jit(again)(*args), reference(entry)
+  (gradients, y), expected = jit(again)(*args), reference(entry)
   _close(entry, "under remat", y, expected[1], 1e-5)
   _close(entry, "gradient under remat", gradients, expected[0], 1e-5)
 
@@ -201,7 +212,7 @@ def assert_bfloat16_is_close(entry: Entry) -> None:
   dy = cotangent(entry)
   model, narrow = entry.build(dtype=jnp.bfloat16), _cast(x, jnp.bfloat16)
   made = jax.eval_shape(model.init, jax.random.key(0), narrow)["params"]
-  gradients, y = jax.jit(gradient(entry, model))(params, narrow, dy)
+  gradients, y = jit(gradient(entry, model))(params, narrow, dy)
   for path, leaf in jax.tree.leaves_with_path((made, gradients[0])):
     assert leaf.dtype == jnp.float32, (
       f"{entry.name}: {path_name(path)} is {leaf.dtype}, not float32"
@@ -240,7 +251,7 @@ def assert_dropout_follows_its_key(entry: Entry) -> None:
     return
   model = entry.build(dtype=jnp.float32, dropout=0.5)
 
-  @functools.partial(jax.jit, static_argnames="train")
+  @functools.partial(jit, static_argnames="train")
   def run(key, train):
     return call(entry, model, params, x, train=train, rngs={"dropout": key})
 
@@ -257,7 +268,7 @@ def assert_dropout_follows_its_key(entry: Entry) -> None:
 def _same_in_training(entry: Entry) -> None:
   """A block without dropout needs no key in training."""
   model, params, _, x = setting(entry)
-  y = jax.jit(lambda p, x: call(entry, model, p, x, train=True))(params, x)
+  y = jit(lambda p, x: call(entry, model, p, x, train=True))(params, x)
   _close(entry, "in training", y, reference(entry)[1], 1e-5)
 
 
@@ -269,7 +280,7 @@ def assert_devices_change_nothing(entry: Entry) -> None:
   spread = jax.device_put(params, placed)
   split = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
   with jax.set_mesh(mesh):
-    run = jax.jit(gradient(entry, model))
+    run = jit(gradient(entry, model))
     gradients, y = run(spread, split, cotangent(entry))
   assert len(y.sharding.device_set) == len(jax.devices()) > 1, entry.name
   assert not y.sharding.is_fully_replicated, f"{entry.name}: y is not split"
