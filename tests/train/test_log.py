@@ -135,8 +135,11 @@ def test_results(tmp_path, capsys):
 
 def test_nobody_listens(monkeypatch):
   """A terminal that closed doesn't end a run."""
-  monkeypatch.setattr(log.sys, "stderr", open("/dev/full", "w"))
+  closed = open("/dev/full", "w")
+  monkeypatch.setattr(log.sys, "stderr", closed)
   log.say("x")
+  with pytest.raises(OSError, match="No space left"):
+    print("x", file=closed, flush=True)
 
 
 def test_bar_without_a_terminal(capsys, monkeypatch):
