@@ -85,8 +85,8 @@ class Checkpointer:
     if kind is None:
       self.close()
     elif self._thread is not None:
-      # An error is on its way: finish the write, but don't talk over it, and
-      # don't wait for processes that may not have had that error, or are gone.
+      # Finish the write, but don't talk over the error that is on its way, and
+      # don't wait long for processes that may not have had it, or are gone.
       self._thread.join(None if jax.process_count() == 1 else _PATIENCE)
       self._thread = None
       error, self._error = self._error, None
@@ -241,7 +241,7 @@ class Checkpointer:
     return found, _load(self.directory, found, target)
 
   def _is_gone(self) -> bool:
-    """Whether the folder was deleted; what was being written makes it again."""
+    """Whether it was deleted; what was being written may have made it again."""
     try:
       return self._inode not in (None, self.directory.stat().st_ino)
     except OSError:
@@ -261,11 +261,7 @@ class Checkpointer:
 
   def _failure(self, error: Exception) -> str:
     if self._is_gone():
-      return (
-        f"checkpoint {self._step} was not written: {self.directory} was "
-        "deleted or moved under the run; put it back, or run again to start "
-        "anew"
-      )
+      return log.refusal(FileNotFoundError(), self.directory)
     return (
       f"checkpoint {self._step} in {self.directory} was not written: "
       f"{_line(error)}; earlier ones are untouched, make room or mend access "

@@ -13,11 +13,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import pathlib
 import pkgutil
-import re
 import traceback
 import types
 import typing
@@ -25,6 +23,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from isthmus.train import annotation
 
 RECIPES = "isthmus.train.recipes"
 _REFUSALS = (ValueError, TypeError, KeyError)  # of objects being built
@@ -292,9 +292,9 @@ def parse(text: str, hint: Any, full: str, old: Any = None) -> Any:
     Traceback (most recent call last):
     isthmus.train.config.ConfigError: --set steps=True: int is wanted
   """
-  if text != "None" and _is_dtype(old, hint):
+  if text != "None" and annotation.is_dtype(old, hint):
     try:
-      return _dtype(text)
+      return annotation.dtype(text)
     except TypeError:
       raise ConfigError(
         f"--set {full}={text}: not the name of a dtype"
@@ -304,7 +304,7 @@ def parse(text: str, hint: Any, full: str, old: Any = None) -> Any:
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = text
   for candidate in (value, text):  # `--set name=3` for a field of text
-    ok, fitted = _fit(candidate, hint)
+    ok, fitted = annotation.fit(candidate, hint)
     if ok:
       return fitted
   if callable(old) and not isinstance(old, type):
@@ -318,82 +318,7 @@ def parse(text: str, hint: Any, full: str, old: Any = None) -> Any:
     raise ConfigError(
       f"--set {full}={text}: not allowed{nearest(text, wanted)}"
     )
-  raise ConfigError(f"--set {full}={text}: {_hint_text(hint)} is wanted")
-
-
-def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
-  """Whether `value` is of the annotation `hint`, and the value converted."""
-  if hint is Any or isinstance(hint, (str, typing.TypeVar)):
-    return True, value
-  if hint is None or hint is type(None):
-    return value is None, None
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin is typing.Annotated:
-    return _fit(value, args[0])
-  if origin in (typing.Union, types.UnionType):
-    for option in args:
-      ok, fitted = _fit(value, option)
-      if ok:
-        return True, fitted
-    return False, None
-  if origin is typing.Literal:
-    exact = [a for a in args if a == value and type(a) is type(value)]
-    return bool(exact), value
-  if origin in (tuple, list, Sequence) and isinstance(value, (tuple, list)):
-    return _fit_sequence(value, origin, args)
-  if hint is float and isinstance(value, (int, float)):
-    ok = not isinstance(value, bool) and not math.isnan(value)
-    return ok, float(value) if ok else None
-  plain = origin or hint
-  if not isinstance(plain, type):
-    return False, None
-  if isinstance(value, bool) and plain is not bool:
-    return False, None
-  return isinstance(value, plain), value
-
-
-def _fit_sequence(value, origin, args) -> tuple[bool, Any]:
-  kind = list if origin is list else tuple
-  if not args:
-    return True, kind(value)
-  if kind is tuple and Ellipsis not in args:
-    if len(args) != len(value) and origin is tuple:
-      return False, None
-    hints = args if origin is tuple else args * len(value)
-  else:
-    hints = (args[0],) * len(value)
-  fitted = [_fit(v, h) for v, h in zip(value, hints, strict=True)]
-  return all(ok for ok, _ in fitted), kind(v for _, v in fitted)
-
-
-def _is_dtype(old: Any, hint: Any) -> bool:
-  if isinstance(old, np.dtype) or "dtype" in _hint_text(hint).lower():
-    return True
-  if old is None or isinstance(old, (str, int, float)):
-    return False
-  try:
-    return isinstance(np.dtype(old), np.dtype) and not isinstance(old, tuple)
-  except TypeError:
-    return False
-
-
-def _dtype(text: str) -> Any:
-  import jax.numpy as jnp
-
-  name = text.removeprefix("jnp.").strip("'\"")
-  # numpy also knows "f4,f4", "O", "3i", and parses digits without end.
-  if not re.fullmatch(r"[a-z]{3,}\w{,20}", name):
-    raise TypeError(name)
-  dtype = jnp.dtype(name)
-  if not jnp.issubdtype(dtype, jnp.number):
-    raise TypeError(name)
-  return dtype
-
-
-def _hint_text(hint: Any) -> str:
-  if isinstance(hint, type) and not typing.get_args(hint):
-    return hint.__name__
-  return str(hint).replace("typing.", "")
+  raise ConfigError(f"--set {full}={text}: {annotation.spell(hint)} is wanted")
 
 
 def _name(function: Any) -> str:

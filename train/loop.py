@@ -4,10 +4,9 @@ New behaviour enters through a task, an optimiser, a data set or a report.
 """
 
 import contextlib
-import errno
 import math
 import pathlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,14 +20,9 @@ from isthmus.train.ckpt import Checkpointer
 from isthmus.train.config import ConfigError
 from isthmus.train.speed import Speed
 from isthmus.train.state import TrainState, make_init, make_step
-from isthmus.train.steps import RunError
-from isthmus.train.workdir import WorkdirError
 
 if TYPE_CHECKING:
   from isthmus.train.jobs import Fit
-
-# What is wrong with a disk, and not with the code that writes to it.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class NonFiniteError(ArithmeticError):
@@ -214,7 +208,7 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
     speed = Speed(run)
     trace = _Trace(job.profile, workdir)
     stack.callback(trace.stop)
-    stack.enter_context(_ending())
+    stack.enter_context(stop.ending())
 
     latest: dict[str, float] = {}
     rates: dict[str, float] = {}
@@ -379,27 +373,6 @@ def _gather(params: Any) -> Any:
   from jax.experimental import multihost_utils
 
   return multihost_utils.process_allgather(params, tiled=True)
-
-
-@contextlib.contextmanager
-def _ending() -> Generator[None, None, None]:
-  """What ends a run from outside becomes one line, and no traceback."""
-  try:
-    yield
-  except WorkdirError as error:
-    raise RunError(str(error)) from error
-  except OSError as error:  # a report's, or a data set's that keeps files
-    if error.errno not in _DISK:
-      raise
-    raise RunError(log.refusal(error, error.filename)) from error
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    what = " ".join(str(error).split())[:200]
-    raise RunError(
-      f"process {jax.process_index()} lost the others: {what}; start all of "
-      "them again, they go on from the last checkpoint"
-    ) from error
 
 
 def _memory() -> dict[str, float]:

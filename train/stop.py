@@ -1,6 +1,7 @@
-"""Requests to stop: signals to this process, or to any of several."""
+"""What ends a run from outside: signals, and what its disk and others do."""
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -8,6 +9,13 @@ from collections.abc import Generator
 from types import FrameType
 
 import jax
+
+from isthmus.train import log
+from isthmus.train.steps import RunError
+from isthmus.train.workdir import WorkdirError
+
+# What is wrong with a disk, and not with the code that writes to it.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 # A scheduler's two warnings, a key, a terminal that closed.
 SIGNALS = {
@@ -99,3 +107,35 @@ def requests() -> Generator[Stop, None, None]:
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ending() -> Generator[None, None, None]:
+  """Inside it, what a run can't help becomes one line, and no traceback.
+
+  Raises:
+    RunError: the disk is full or read-only, the folder is gone, or, of several
+      processes, another one is.
+
+  Example:
+    >>> with ending():
+    ...   raise OSError(28, "No space left on device", "loss.png")
+    Traceback (most recent call last):
+    isthmus.train.steps.RunError: loss.png: No space left on device; ...
+  """
+  try:
+    yield
+  except WorkdirError as error:
+    raise RunError(str(error)) from error
+  except OSError as error:  # a report's, or a data set's that keeps files
+    if error.errno not in _DISK:
+      raise
+    raise RunError(log.refusal(error, error.filename)) from error
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    what = " ".join(str(error).split())[:200]
+    raise RunError(
+      f"process {jax.process_index()} lost the others: {what}; start all of "
+      "them again, they go on from the last checkpoint"
+    ) from error

@@ -1,11 +1,15 @@
-"""What stops a run: each signal once, Ctrl-C twice, nothing that is ignored."""
+"""What stops a run: signals, a full disk, a folder or process that is gone."""
 
+import errno
 import signal
 import threading
 
+import jax
 import pytest
 
 from isthmus.train import stop
+from isthmus.train.steps import CheckpointError, RunError
+from isthmus.train.workdir import WorkdirError
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda n: n.name)
@@ -88,3 +92,30 @@ def test_another_thread_has_no_signals():
   thread.start()
   thread.join()
   assert found == [False]
+
+
+@pytest.mark.parametrize(
+  "error, processes, words",
+  [
+    (OSError(errno.ENOSPC, "No space left", "a.png"), 1, "a.png: No space"),
+    (OSError(errno.EROFS, "Read-only file system"), 1, "Read-only"),
+    (WorkdirError("it is gone"), 1, "it is gone"),
+    (jax.errors.JaxRuntimeError("closed\nby peer"), 2, "closed by peer; start"),
+  ],
+)
+def test_what_a_run_cannot_help(monkeypatch, error, processes, words):
+  monkeypatch.setattr(stop.jax, "process_count", lambda: processes)
+  with pytest.raises(CheckpointError, match=words) as caught, stop.ending():
+    raise error
+  assert caught.type is RunError and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [ConnectionError("data"), KeyError("x"), FileNotFoundError(2, "none", "x")]
+  + [jax.errors.JaxRuntimeError("out of memory")],
+)
+def test_other_errors_are_left_alone(error):
+  with pytest.raises(type(error)) as caught, stop.ending():
+    raise error
+  assert caught.value is error
