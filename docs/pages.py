@@ -10,6 +10,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
+from documents import documents
 from sources import ROOT, Module, methods, modules
 
 from isthmus.train import recipe
@@ -18,8 +19,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def write() -> None:
-  """Writes reference/, recipes/, gallery.md, notebooks/ and notebooks.md."""
-  pages = {**_reference(), **_gallery(), **_notebooks()}
+  """Writes what docs/.gitignore lists."""
+  pages = {**documents(), **_reference(), **_gallery(), **_notebooks()}
   for folder in ("reference", "recipes", "notebooks"):
     for path in (HERE / folder).rglob("*.*"):
       if path.relative_to(HERE).as_posix() not in pages:
