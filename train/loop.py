@@ -180,13 +180,14 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
   """
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
+    asked = stack.enter_context(stop.requests())
+
     # --- mesh, data, shapes ---
     try:
       run = Run(job)
     except (ValueError, FileNotFoundError, ImportError) as error:
       raise ConfigError(" ".join(str(error).split())) from error
     stack.enter_context(jax.set_mesh(run.mesh))
-    asked = stack.enter_context(stop.requests())
 
     # --- state: restored if there is one, else new ---
     ckpt = stack.enter_context(Checkpointer(workdir / "ckpt", keep=job.keep))

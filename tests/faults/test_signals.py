@@ -7,11 +7,14 @@ the run ends with 0 and its state saved, after the step it is in or, if it is
 evaluating, after the batch; an evaluation that was broken off is made again.
 A second Ctrl-C aborts with 130, a third doesn't wait for a save that is being
 written. Before the run listens, or after it has ended, a signal ends the
-process as it ends any. Either way the folder is good, and the same command
-goes on to the same result. What the shell told to ignore (nohup) is ignored.
+process as it ends any; there, and for the second one, Python's Ctrl-C may fall
+into a callback that prints and forgets it: press again. Either way the folder
+is good, and the same command goes on to the same result. What the shell told
+to ignore (nohup) is ignored.
 """
 
 import collections
+import contextlib
 import os
 import pty
 import random
@@ -96,6 +99,7 @@ def _during(monkeypatch, owner, name, call, number):
 
 # moment: (owner, function, call, the step that the run stops at)
 MOMENTS = {
+  "building": (loop, "make_step", 1, 0),
   "the restore": (loop.Checkpointer, "restore", 1, 0),
   "the first compilation": (loop.Run, "init", 1, 0),
   "a save": (loop.Checkpointer, "save", 2, 5),
@@ -232,8 +236,9 @@ def _storm(folder, seed, kinds, *, count):
       time.sleep(random_.uniform(0, 1.2))
     for _ in range(random_.choice([1, 1, 2, 5])):
       if child.process.exitcode is None:
-        child.send(random_.choice(kinds))
-        sent += 1
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+          child.send(random_.choice(kinds))
+          sent += 1
         time.sleep(random_.choice([0, 0.001, 0.05]))
     if random_.random() < 0.7:
       status = child.wait(60)
@@ -249,7 +254,10 @@ def _storm(folder, seed, kinds, *, count):
 
 def _is_good(workdir, child, status):
   """How a run may end: stopped, or aborted, or before it listened."""
-  assert "Traceback" not in child.err, child.err
+  # A Ctrl-C of Python's own may fall into a callback of jax's, which says so.
+  lost = child.err.count("Exception ignored in")
+  assert child.err.count("KeyboardInterrupt") == lost, child.err
+  assert child.err.count("Traceback") == lost, child.err
   listened = "resuming" in child.err or "starting" in child.err
   died = status in [-s for s in ALL]
   assert status in (0, 130) or died, (status, child.err)
