@@ -1,9 +1,6 @@
 """Parameters as safetensors: a file that other frameworks read.
 
-Layout of the file: the length of a JSON header (8 bytes, little-endian), the
-header with dtype, shape and byte range of every tensor, then the bytes.
-
-Reference: https://github.com/huggingface/safetensors#format
+`isthmus.data.weights.safetensors` has the layout, and reads it.
 """
 
 import json
@@ -13,35 +10,13 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from isthmus.data.weights.file import WeightsError
+from isthmus.data.weights.safetensors import DTYPES, SafetensorsFile
 from isthmus.train import leaves, manifest
 
-# name in the file -> numpy's dtype; the format's names for what jax has.
-_DTYPES = {
-  "BOOL": np.dtype(np.bool_),
-  "U8": np.dtype(np.uint8),
-  "I8": np.dtype(np.int8),
-  "U16": np.dtype(np.uint16),
-  "I16": np.dtype(np.int16),
-  "U32": np.dtype(np.uint32),
-  "I32": np.dtype(np.int32),
-  "U64": np.dtype(np.uint64),
-  "I64": np.dtype(np.int64),
-  "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-  "F8_E5M2": np.dtype(jnp.float8_e5m2),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(jnp.bfloat16),
-  "F32": np.dtype(np.float32),
-  "F64": np.dtype(np.float64),
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-
-
-class SafetensorsError(ValueError):
-  """A file that isn't safetensors, or was damaged; names the file."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def export_safetensors(
@@ -66,6 +41,7 @@ def export_safetensors(
       strings.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> params = {"mlp": {"kernel": jnp.ones((2, 3), jnp.bfloat16)}}
     >>> export_safetensors("model.safetensors", params)
     >>> load_safetensors("model.safetensors")["mlp"]["kernel"].dtype
@@ -125,83 +101,25 @@ def load_safetensors(path: str | pathlib.Path) -> dict[str, Any]:
     `{"decoder": {"mlp": {"kernel": array}}}`; bfloat16 stays bfloat16.
 
   Raises:
-    SafetensorsError: the file is damaged or is something else.
+    FileNotFoundError: no such file.
+    WeightsError: the file is damaged or is something else.
 
   Example:
-    >>> export_safetensors("model.safetensors", {"mlp": {"kernel": jnp.eye(2)}})
+    >>> export_safetensors("model.safetensors", {"mlp": {"kernel": np.eye(2)}})
     >>> load_safetensors("model.safetensors")["mlp"]["kernel"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
   """
-  path = pathlib.Path(path)
-  header = _read_header(path)
-  from safetensors import SafetensorError, deserialize
-
-  try:
-    tensors = deserialize(path.read_bytes())
-  except SafetensorError as error:
-    raise SafetensorsError(f"{path}: {error}") from error
-  named: dict[leaves.Name, np.ndarray] = {}
-  for name, tensor in tensors:
-    dtype = _DTYPES[header[name]["dtype"]]
-    array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-    named[tuple(name.split("/"))] = array
+  file = SafetensorsFile(path)
+  named: dict[leaves.Name, np.ndarray] = {
+    tuple(name.split("/")): np.array(file.read(name)) for name in file.names
+  }
   groups = {n[:i] for n in named for i in range(1, len(n))}
   for name in named:
     if name in groups:
-      raise SafetensorsError(
+      raise WeightsError(
         f"{path}: {'/'.join(name)} is a tensor and a group of tensors"
       )
   return leaves.nest(named)
-
-
-def _read_header(path: pathlib.Path) -> dict[str, Any]:
-  """The header, once its lengths, names and byte ranges are known to fit."""
-
-  def bad(reason: str) -> SafetensorsError:
-    return SafetensorsError(f"{path}: {reason}; is it a safetensors file?")
-
-  try:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-      length = int.from_bytes(file.read(8), "little")
-      room = size - 8
-      if size < 10 or not 2 <= length <= min(room, _LONGEST_HEADER):
-        raise bad(f"a header of {length} bytes in a file of {size}")
-      text = file.read(length)
-  except OSError as error:
-    raise SafetensorsError(f"{path}: {error.strerror or error}") from error
-  try:
-    header = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise bad(f"the header is not JSON ({error})") from None
-  if not isinstance(header, dict):
-    raise bad("the header is not a JSON object")
-  tensors = {n: e for n, e in header.items() if n != "__metadata__"}
-  ranges = []
-  for name, entry in tensors.items():
-    try:
-      dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-      start, end = entry["data_offsets"]
-      whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-    except (KeyError, TypeError, ValueError) as error:
-      raise bad(f"{name}: no dtype, shape or range ({error!r})") from None
-    if not whole:
-      raise bad(f"{name}: shape {shape}, bytes {start} to {end}")
-    if end - start != math.prod(shape) * dtype.itemsize:
-      raise bad(
-        f"{name}: {end - start} bytes for {entry['dtype']} of shape {shape}"
-      )
-    if end > room - length:
-      raise bad(f"{name} ends at byte {end}, the data at {room - length}")
-    ranges.append((start, end, name))
-  here = 0
-  for start, end, name in sorted(ranges):
-    if start != here:
-      raise bad(f"{name} starts at byte {start}, not at {here}")
-    here = end
-  if here != room - length:
-    raise bad(f"{room - length - here} bytes belong to no tensor")
-  return tensors
 
 
 def _dtype(name: str, leaf: Any) -> np.dtype:

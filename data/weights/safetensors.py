@@ -26,7 +26,8 @@ from isthmus.data.weights.file import (
   quote,
 )
 
-_DTYPES = {
+# The format's name of a dtype -> numpy's.
+DTYPES = {
   "BOOL": np.dtype(np.bool_),
   "U8": np.dtype(np.uint8),
   "I8": np.dtype(np.int8),
@@ -96,7 +97,7 @@ class SafetensorsFile(Weights):
     raw = self._data[tensor.start : tensor.start + tensor.size]
     if tensor.dtype == "BOOL":  # any byte may be in the file
       return (raw != 0).reshape(tensor.shape)
-    return raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 class SafetensorsFolder(Weights):
@@ -252,7 +253,7 @@ def _entry(
   try:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     start, end = entry["data_offsets"]
-    known = dtype in _DTYPES
+    known = dtype in DTYPES
   except (KeyError, TypeError, ValueError):
     file.fail(f"{quote(name)} has no dtype, shape and data_offsets")
   if not known:
@@ -261,7 +262,7 @@ def _entry(
     file.fail(f"{quote(name)} has {len(shape)} axes; at most {_MOST_AXES}")
   if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
     file.fail(f"{quote(name)} has the shape {quote(shape)}, or offsets below 0")
-  claimed = count(shape) * _DTYPES[dtype].itemsize
+  claimed = count(shape) * DTYPES[dtype].itemsize
   size = 0 if 0 in shape else claimed
   if end - start != size or (not size and claimed >> 62):
     file.fail(

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from isthmus.train.export import (
-  SafetensorsError,
-  export_safetensors,
-  load_safetensors,
-)
+from isthmus.data.weights.file import WeightsError
+from isthmus.train.export import export_safetensors, load_safetensors
 
 DTYPES = (
   *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32"),
@@ -111,68 +108,18 @@ def test_typed_keys_and_odd_metadata_are_refused(tmp_path):
     export_safetensors(tmp_path / "w", {"k": jax.random.key(0)})
 
 
-def file_of(header: object, data: bytes = b"", length: int | None = None):
-  text = header if isinstance(header, bytes) else json.dumps(header).encode()
-  length = len(text) if length is None else length
-  return length.to_bytes(8, "little") + text + data
+def file_of(header: dict, data: bytes):
+  text = json.dumps(header).encode()
+  return len(text).to_bytes(8, "little") + text + data
 
 
-def tensor(**change):
-  entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-  return {"x": {**entry, **change}}
-
-
-BAD = {
-  "empty": (b"", "a header of 0 bytes in a file of 0"),
-  "short": (b"\x01\x02", "in a file of 2"),
-  "text": (b"hello, this is no such file", "a header of"),
-  "huge header": (file_of(tensor(), b"12345678", length=2**62), "a header of"),
-  "header beyond the file": (file_of({}, length=50), "a header of 50 bytes"),
-  "not JSON": (file_of(b"{bad json}"), "not JSON"),
-  "not UTF-8": (file_of(b"{\xff\xfe}  "), "not JSON"),
-  "nested": (file_of(b"[" * 200_000), "not JSON"),
-  "a list": (file_of([1, 2, 3]), "not a JSON object"),
-  "no fields": (file_of({"x": {}}), "x: no dtype"),
-  "no such dtype": (file_of(tensor(dtype="F33"), b"12345678"), "F33"),
-  "negative shape": (
-    file_of(tensor(shape=[-1, -2], data_offsets=[0, 8]), b"12345678"),
-    r"shape \[-1, -2\]",
-  ),
-  "shape and bytes differ": (
-    file_of(tensor(shape=[3]), b"12345678"),
-    "8 bytes",
-  ),
-  "beyond the end": (
-    file_of(tensor(), b"1234"),
-    "ends at byte 8, the data at 4",
-  ),
-  "overlap": (
-    file_of(
-      {**tensor(), "y": {**tensor()["x"], "data_offsets": [4, 12]}}, b"x" * 12
-    ),
-    "y starts at byte 4, not at 8",
-  ),
-  "hole": (
-    file_of(tensor(data_offsets=[4, 12]), b"x" * 12),
-    "byte 4, not at 0",
-  ),
-  "rest": (file_of(tensor(), b"x" * 9), "1 bytes belong to no tensor"),
-  "overflow": (
-    file_of(tensor(shape=[2**62, 4], data_offsets=[0, 8]), b"x" * 8),
-    "8 bytes",
-  ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_damaged_files_are_named(tmp_path, kind):
-  data, words = BAD[kind]
+def test_damaged_files_are_named(tmp_path):
   path = tmp_path / "odd.safetensors"
-  path.write_bytes(data)
-  with pytest.raises(SafetensorsError, match=words) as caught:
+  export_safetensors(path, {"x": np.ones(3)})
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(WeightsError, match=r"odd\.safetensors: 'x' ends at byte"):
     load_safetensors(path)
-  assert str(path) in str(caught.value)
-  with pytest.raises(SafetensorsError, match="No such file"):
+  with pytest.raises(FileNotFoundError, match="none"):
     load_safetensors(tmp_path / "none")
 
 
@@ -180,5 +127,5 @@ def test_a_tensor_that_is_also_a_group(tmp_path):
   x = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
   y = {**x, "data_offsets": [4, 8]}
   (tmp_path / "w").write_bytes(file_of({"a": x, "a/b": y}, b"x" * 8))
-  with pytest.raises(SafetensorsError, match="a is a tensor and a group"):
+  with pytest.raises(WeightsError, match="a is a tensor and a group"):
     load_safetensors(tmp_path / "w")
