@@ -44,7 +44,7 @@ def measure(device: jax.Device, *, repeats: int = 5) -> float:
   once in a process.
 
   Example:
-    >>> measure(jax.devices()[0], repeats=1) > 1e9
+    >>> measure(jax.devices()[0], repeats=1) > 1e8
     True
   """
   accelerator = device.platform != "cpu"
