@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import time
+from typing import Any
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
@@ -39,7 +40,8 @@ class Board:
   def __init__(self, folder: pathlib.Path, *, purge: int | None = None):
     from tensorboardX.proto import event_pb2
 
-    self._event = event_pb2.Event
+    proto: Any = event_pb2  # its messages are made at run time
+    self._event = proto.Event
     self._time, self._tick = time.time(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     found = (_NAME.match(p.name) for p in folder.iterdir())
@@ -50,7 +52,7 @@ class Board:
     self._file = self.path.open("xb")
     self._put(self._event(file_version="brain.Event:2"))
     if purge is not None:
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      start = proto.SessionLog(status=proto.SessionLog.START)
       self._put(self._event(step=purge, session_log=start))
     self._file.flush()
 
