@@ -29,6 +29,10 @@ Rows = slice | np.ndarray | Sequence[int]
 #: Field name -> array of all rows.
 Batch = dict[str, jax.Array]
 
+# Up to this many examples an epoch's order is made at once and kept: a few
+# calls of numpy for each batch would take longer than a small model's step.
+_KEPT = 1 << 16
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loader:
@@ -150,9 +154,24 @@ class Loader:
     """(epoch, index) of global positions."""
     n = len(self.source)
     epoch, offset = np.divmod(positions, n)
-    if self.shuffle:
+    if self.shuffle and n > _KEPT:
       offset = permute(offset, n, (self.seed, epoch))
+    elif self.shuffle:
+      for e in np.unique(epoch):
+        rows = epoch == e
+        offset[rows] = self._order(int(e))[offset[rows]]
     return epoch, offset
+
+  @functools.cached_property
+  def _order(self) -> Callable[[int], np.ndarray]:
+    """An epoch's order; the last two are kept, for a batch may hold both."""
+    n = len(self.source)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+      return permute(np.arange(n), n, (self.seed, epoch))
+
+    return order
 
   def _final(self, step: int) -> Batch:
     positions = self._positions(step, self._own_rows)

@@ -109,6 +109,7 @@ def test_the_page_is_all_there_is_to_it(copy):
     _run(tree, "-m", "isthmus.train.main", "table", "--write", "README.md")
   )
   assert "| `toy` |" in (tree / "README.md").read_text()
+  _check(_run(tree, "-m", "tests.golden", "--write"))
   suite = ["-m", "pytest", "tests/train/recipes", "tests/test_house.py", "-v"]
   ran = _check(_run(tree, *suite, "-k", "toy or every_recipe or table"))
   for name in (
@@ -128,6 +129,7 @@ def test_the_page_is_all_there_is_to_it(copy):
   }
   assert changed == {
     "README.md",
+    "tests/golden/recipes/toy.txt",
     "tests/train/recipes/test_recipes.py",
     "train/recipes/toy.py",
   }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from isthmus.data import loader
 from isthmus.data.loader import Loader, stack
 from isthmus.data.prefetch import prefetch
 from isthmus.data.source import ArraySource
@@ -441,3 +442,15 @@ def test_two_processes_see_the_batch_that_one_sees():
     for i in range(2)
   ]
   assert [worker.wait(180) for worker in workers] == [0, 0]
+
+
+def test_an_order_that_is_kept_is_the_one_that_is_not(monkeypatch):
+  """Batches that lie in one epoch, and that straddle two or three."""
+  source = ArraySource({"x": np.arange(10)})
+  loaders = [Loader(source, batch_size=size, seed=3) for size in (3, 24)]
+  kept = [[x.indices(s) for s in range(12)] for x in loaders]
+  monkeypatch.setattr(loader, "_KEPT", 0)
+  for mine, again in zip(loaders, kept, strict=True):
+    for step, indices in enumerate(again):
+      np.testing.assert_array_equal(mine.indices(step), indices)
+  assert not np.array_equal(kept[0][0], kept[0][1])
