@@ -27,6 +27,7 @@ from isthmus.train import steps
 from isthmus.train.ckpt import Checkpointer
 from tests.faults.runs import reached, same_run, start
 from tests.train import pair as two
+from tests.train.child import TOY, Child
 
 pytestmark = pytest.mark.process
 
@@ -102,13 +103,15 @@ def test_killed_twenty_five_times(tmp_path, uninterrupted):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-  """A pair's run that nothing happened to: steps -> workdir."""
+  """What a pair's run comes to, of one process with its devices: by steps."""
   folder = tmp_path_factory.mktemp("pair")
 
   def get(steps):
     workdir = folder / str(steps)
-    if not workdir.exists():
-      two.end(two.start(workdir, folder, "--set", f"steps={steps}"))
+    argv = ["--config", f"{TOY}:all", "--workdir", workdir]
+    argv += ["--set", f"steps={steps}"]
+    child = Child(*argv, folder=folder, devices=4)
+    assert child.wait() == 0, child.err
     return workdir
 
   return functools.cache(get)
