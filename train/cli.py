@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ...
     0
   """
-  argv = list(sys.argv[1:] if argv is None else argv)
+  if argv is None:  # a program of its own, not a call from a notebook
+    argv = sys.argv[1:]
+    # Python's handler may print a traceback while modules are imported; a run
+    # brings a handler of its own.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  argv = list(argv)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   command = argv[0] if argv and not argv[0].startswith("-") else "run"
   run = {
@@ -248,6 +253,11 @@ def _generate(argv: list[str]) -> int:
     description="Samples text from the last good checkpoint of a run.",
   )
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument(
+    "--config",
+    metavar="path.py[:VARIANT]",
+    help="the recipe again, for a run of a recipe given by path: it is run",
+  )
   parser.add_argument("--prompt", default="")
   parser.add_argument(
     "--set", action="append", default=[], metavar="NAME=VALUE"
@@ -264,7 +274,12 @@ def _generate(argv: list[str]) -> int:
         f"{args.workdir} was trained from Python, not from a recipe: call "
         "isthmus.train.jobs.Generate with its model and tokenizer"
       )
-    fit = config.load(saved["config"], saved["set"])
+    if ".py" in saved["config"] and args.config is None:
+      raise workdir.WorkdirError(
+        f"{args.workdir} was made by the code in {saved['config']}, which "
+        "would be run: read it, then give it as --config"
+      )
+    fit = config.load(args.config or saved["config"], saved.get("set", []))
     if not isinstance(fit, Fit) or not hasattr(fit.data, "tokenizer"):
       raise workdir.WorkdirError(f"{args.workdir} holds no model of text")
     job = Generate(

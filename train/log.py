@@ -210,9 +210,22 @@ def write_results(workdir: pathlib.Path, results: dict[str, float]) -> None:
     >>> read_results(pathlib.Path())
     {'eval/loss': 0.5}
   """
-  path = workdir / RESULTS
+  write_json(workdir / RESULTS, results)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Replaces a JSON file at once.
+
+  Raises:
+    WorkdirError: it can't be written; an older one is as it was.
+
+  Example:
+    >>> write_json(pathlib.Path("study.json"), {"small": [{"eval/loss": 0.5}]})
+    >>> json.loads(pathlib.Path("study.json").read_text())
+    {'small': [{'eval/loss': 0.5}]}
+  """
   with _refusing(path):
-    manifest.write_text(path, json.dumps(results, indent=1) + "\n")
+    manifest.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_results(workdir: pathlib.Path) -> dict[str, float]:

@@ -158,18 +158,18 @@ class Study:
     results: dict[str, list[dict[str, float]]] = {}
     for name in self.runs():
       results.setdefault(name.rpartition("/")[0], []).append(ended[name])
-    (path / "study.json").write_text(json.dumps(results, indent=1) + "\n")
+    log.write_json(path / "study.json", results)
     figures = {"runs": float(len(ended))}
     if self.report is not None:
       figures.update(self.report(self, path, results))
-    (path / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    log.write_results(path, figures)
     return figures
 
 
 def _train(place: pathlib.Path, fit: Fit, *, force: bool) -> dict[str, float]:
   if force:  # results of other settings are not to be taken for this run's
     with folder.lock(place):
-      (place / "results.json").unlink(missing_ok=True)
+      (place / log.RESULTS).unlink(missing_ok=True)
   with log.quiet():
     results = fit.run(place, force=force)
   # A grid is many programs, each used in one run.
@@ -182,7 +182,7 @@ def _ended(place: pathlib.Path, fit: Fit) -> dict[str, float] | None:
   try:
     if folder.differing(folder.load(place)["resolved"], flatten(fit)):
       return None
-    results = json.loads((place / "results.json").read_text())
+    results = json.loads((place / log.RESULTS).read_text())
   except (folder.WorkdirError, OSError, ValueError):
     return None
   return dict(results) if isinstance(results, dict) else None

@@ -11,7 +11,6 @@ bound that it keeps. What follows the last `;` says where it was measured.
 
 import dataclasses
 import datetime
-import json
 import math
 import os
 import pathlib
@@ -22,7 +21,7 @@ import time
 from importlib import metadata
 from typing import Any, Literal
 
-from isthmus.train import recipe
+from isthmus.train import log, recipe
 from isthmus.train.config import ConfigError, flatten, load
 from isthmus.train.workdir import WorkdirError
 
@@ -163,8 +162,7 @@ def verify(name: str, workdir: pathlib.Path) -> dict[str, Any]:
     "commit": commit(pathlib.Path(__file__).parent),
     "settings": flatten(job),
   }
-  text = json.dumps(report, indent=1) + "\n"
-  (workdir / "verify.json").write_text(text)
+  log.write_json(workdir / "verify.json", report)
   return report
 
 

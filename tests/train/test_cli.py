@@ -309,7 +309,11 @@ def test_generate_refused(capsys, trained, more, words):
 
 def test_generate_from_what_is_no_text(capsys, tmp_path):
   assert _call(capsys, *QUICK, "--workdir", tmp_path)[0] == 0
+  # A folder somebody gave you doesn't choose the code that is run.
   status, _, err = _generate(capsys, tmp_path)
+  assert status == 2 and err.count("\n") == 1
+  assert "was made by the code in" in err and "give it as --config" in err
+  status, _, err = _generate(capsys, tmp_path, "--config", TOY)
   assert status == 2 and "no model of text" in err
 
 

@@ -235,7 +235,9 @@ def compare(
       f"| {gains[name]} | {lifts[name]} |"
     )
   trends = {
-    f"{task}: {size}": _trend(results, task, budgets, size)
+    f"the best hourglass's {size}, {task}:": _trend(
+      results, task, budgets, size
+    )
     for task in tasks
     for size in ("depth", "width", "hidden")
     if len(budgets) > 1
@@ -248,7 +250,7 @@ def compare(
       within(x, NEAR) for x in lifts.values()
     ],
     "the best hourglass gets deeper, wider, and narrower inside": [
-      positive(x.negative() if name.endswith("hidden") else x)
+      positive(x.negative() if "hidden" in name else x)
       for name, x in trends.items()
     ],
   }
@@ -259,10 +261,7 @@ def compare(
     "|---|---|---|---|---|",
     *rows,
     "",
-    "Exponents of the best hourglass's sizes in the budget:",
-    "",
-    *(f"* {name} {x}" for name, x in trends.items()),
-    "",
+    *(f"* exponent in the budget of {n} {x}" for n, x in trends.items()),
     *(f"* {text}: {together(v)}" for text, v in verdicts.items() if v),
   ]
   text = "\n".join(lines)
@@ -282,7 +281,7 @@ def _psnr(results: Results, prefix: str) -> dict[str, list[float]]:
 
 
 def _best(shapes: dict[str, list[float]]) -> str:
-  return max(shapes, key=lambda shape: sum(shapes[shape]))
+  return max(shapes, key=lambda s: sum(shapes[s]) / len(shapes[s]))
 
 
 def _minus(a: list[float], b: list[float]) -> list[float]:
@@ -318,13 +317,11 @@ def _plot(
 
   figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
   FigureCanvasAgg(figure)
+  budgets = sorted({int(case.split("/")[2]) for case in results})
   styles = {"conventional": ("tab:gray", "s"), "hourglass": ("tab:blue", "o")}
   for i, task in enumerate(tasks):
     axes = figure.add_subplot(1, len(tasks), i + 1)
     for family, (color, marker) in styles.items():
-      budgets = sorted(
-        {int(c.split("/")[2]) for c in results if f"{task}/{family}/" in c}
-      )
       front = []
       for budget in budgets:
         shapes = _psnr(results, f"{task}/{family}/{budget}/")
@@ -341,6 +338,8 @@ def _plot(
         label=f"{family}, best",
       )  # fmt: skip
     axes.set_xscale("log")
+    axes.set_xticks(budgets, [f"{b / 1e6:g}M" for b in budgets])
+    axes.minorticks_off()
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("PSNR, dB (higher is better)")
     axes.set_title(f"{task}, {study.seeds} seeds, 95% intervals")

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from isthmus.train.tasks.task import Aux, Batch, Sums
 
@@ -189,6 +189,6 @@ def _keys(image: Float[Array, "b y x c"]) -> Key[Array, "b"]:
   pixels = jnp.round(image * 255).astype(jnp.uint32).reshape(len(image), -1)
   # Odd multipliers, different at each pixel: a moved image has another hash.
   place = jnp.arange(pixels.shape[-1], dtype=jnp.uint32)
-  odd: UInt32[Array, p] = place * jnp.uint32(2654435769) | jnp.uint32(1)
+  odd = place * jnp.uint32(2654435769) | jnp.uint32(1)
   seeds = jnp.sum(pixels * odd, axis=-1, dtype=jnp.uint32)
   return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)

@@ -93,7 +93,7 @@ def test_statements_hold_when_they_do(tmp_path):
   assert "net at every budget: replicated" in text
   assert "of a trained one: replicated" in text
   # The best goes from w832-d4 to w1280-d16: 126 to 121 wide inside.
-  assert "denoise: depth +1.000" in text
+  assert "hourglass's depth, denoise: +1.000" in text
   assert "narrower inside: replicated" in text
   assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
