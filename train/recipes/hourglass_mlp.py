@@ -9,7 +9,9 @@ Simplified: not yet
 Command: python -m train.main --config hourglass_mlp
 Claim: none
 Measured: not run
-Check: none
+Check: small: superres/1.5M/conventional_db = 20.15 +- 0.15,
+  superres/1.5M/hourglass_db = 20.54 +- 0.15, superres/1.5M/gain_db >= 0.1;
+  two CPU cores, Python 3.12, jax 0.11.2
 """
 
 import functools

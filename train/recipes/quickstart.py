@@ -15,7 +15,8 @@ Claim: none
 Measured: 1.425 bits a byte (gzip -9 2.021, 5-gram 1.833, xz -9 1.731) on two
   CPU cores; `full` 0.995 (2.055, 1.856, 1.763) at 512 model TF/s on one H200;
   measured by us
-Check: none
+Check: small: eval/bits_per_byte = 1.93 +- 0.08; two CPU cores, Python 3.12,
+  jax 0.11.2
 """
 
 import functools
