@@ -16,8 +16,6 @@ from collections.abc import Generator
 from errno import EINVAL
 from typing import IO, Any
 
-import filelock
-
 from isthmus.data.cache import cache_folder
 from isthmus.data.zipped import open_zip
 
@@ -118,6 +116,8 @@ def unpacked(
     >>> [path.name for path in folder.iterdir()]
     ['1.txt']
   """
+  import filelock
+
   with open(archive, "rb") as file:
     key = hashlib.file_digest(file, "blake2b").hexdigest()[:40]
   entry = cache_folder() / "archives" / key

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 
 
@@ -102,6 +101,8 @@ def open_cached(
     >>> open_cached("key", pieces, folder="cache").tokens.tolist()
     [256, 104, 105]
   """
+  import filelock
+
   folder = cache_folder() if folder is None else pathlib.Path(folder)
   entry = folder / "text" / key
   try:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import filelock
 import numpy as np
 
 from isthmus.data.source import Example, check_split
@@ -92,6 +91,8 @@ class Tfds:
         raise _damaged(os.fspath(path), ValueError("it describes no split"))
 
   def _prepare(self) -> Any:
+    import filelock
+
     builder = self._make()
     if _is_prepared(builder):
       return _checked(builder)

