@@ -21,13 +21,13 @@ Claim: at equal parameters an hourglass restores better than a conventional
 Measured: PSNR above the best conventional net's at 1.5, 3, 6 and 12M, in dB
   with 95% intervals of three seeds: denoising +1.73 +- 0.08, +1.63 +- 0.05,
   +1.67 +- 0.15, -0.00 +- 0.05; super-resolution +0.44 +- 0.05, +0.43 +- 0.11,
-  +0.59 +- 0.20, +0.88 +- 0.33. Better at every budget: inconclusive, for
-  it is a tie at one of eight points. A random lift within 0.1 dB of a trained
-  one: refuted, by +0.77 +- 0.10 in denoising at 3M, where the
-  trained one is worse; inconclusive elsewhere. Deeper, wider, narrower inside:
-  inconclusive; wider alone is replicated. One H100, jax 0.11.2, but for
-  super-resolution's third seed, which only the best shapes have, on two CPU
-  cores; measured by us
+  +0.59 +- 0.20, +0.88 +- 0.33. Better at every budget: inconclusive, for it is
+  a tie at one of eight points. A random lift within 0.1 dB of a trained one:
+  refuted, by +0.77 +- 0.10 in denoising at 3M, where the trained one is worse;
+  inconclusive elsewhere. Deeper, wider, narrower inside: inconclusive; wider
+  alone is replicated. One H100, jax 0.11.2, but for super-resolution's third
+  seed: two CPU cores, the best shapes only (its lifts and trends are of two
+  seeds); measured by us
 Check: small: superres/1.5M/conventional_db = 20.15 +- 0.15,
   superres/1.5M/hourglass_db = 20.54 +- 0.15, superres/1.5M/gain_db >= 0.1;
   two CPU cores, Python 3.12, jax 0.11.2
