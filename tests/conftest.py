@@ -39,8 +39,10 @@ def _asked(config, name):
 
 
 def pytest_configure(config):
-  # Under `nohup` it is ignored, and a run would rightly leave it so.
+  # Under `nohup`, or in the background of a shell, these are ignored, and a run
+  # would rightly leave them so.
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   if not _asked(config, "gpu"):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
