@@ -303,12 +303,23 @@ def _export(argv: list[str]) -> int:
   )
   parser.add_argument("file", type=pathlib.Path, metavar="FILE.safetensors")
   args = parser.parse_args(argv)
+  from isthmus.train import log, manifest
   from isthmus.train.ckpt import CheckpointError, restore_params
   from isthmus.train.export import export_safetensors
 
   try:
-    step, params = restore_params(args.workdir / "ckpt", step=args.step)
+    folder = args.workdir / "ckpt"
+    step, params = restore_params(folder, step=args.step)
     export_safetensors(args.file, params, metadata={"step": str(step)})
+    leaves = manifest.read(folder / str(step), step=step)["leaves"]
+    rest = ["/".join(x["path"]) for x in leaves if x["path"][0] == "mutables"]
+    if rest:
+      more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+      log.say(
+        "warning: the model also holds what is no parameter, and is left out: "
+        + ", ".join(rest[:3])
+        + more
+      )
   except CheckpointError as error:
     return _refuse(str(error))
   except OSError as error:

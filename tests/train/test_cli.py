@@ -320,11 +320,21 @@ def test_generate_from_what_is_no_text(capsys, tmp_path):
 # --- export ---
 
 
+def test_export_says_what_it_leaves_out(capsys, tmp_path):
+  """Running statistics are no parameters."""
+  assert _call(capsys, *QUICK, "--workdir", tmp_path)[0] == 0
+  path = tmp_path / "model.safetensors"
+  status, _, err = _call(capsys, "export", "--workdir", tmp_path, path)
+  assert status == 0 and path.is_file()
+  assert err.count("\n") == 1 and "is left out" in err
+  assert "mutables/batch_stats/norm/mean" in err
+
+
 def test_export(capsys, trained, tmp_path):
   path = tmp_path / "model.safetensors"
   status, out, err = _call(capsys, "export", "--workdir", trained, path)
   assert status == 0, err
-  assert out == f"step 2: {path}\n"
+  assert out == f"step 2: {path}\n" and not err
   _, params = restore_params(trained / "ckpt")
   jax.tree.map(np.testing.assert_array_equal, load_safetensors(path), params)
 
