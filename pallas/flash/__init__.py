@@ -1,0 +1,1 @@
+"""Attention kernels: forward and backward over lists of key blocks."""
