@@ -10,43 +10,58 @@ It is called twice over:
   is seen, `every` is True only where all are. A kernel skips the tiles
   without `some` and leaves the mask out of those with `every`.
 
-Operands never are closed over: Pallas takes arrays as arguments only.
+Operands never are closed over: Pallas takes arrays as arguments only. Indices
+are below 2**30. Operands are any int32: sums with them stop at its ends
+instead of wrapping.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 
+_LEAST = int(np.iinfo(np.int32).min)
+
 #: The position of a cache slot that holds nothing: no query sees it.
 EMPTY = int(np.iinfo(np.int32).max)
+
+# Wider than any difference of two indices.
+_FAR = 2**30
 
 Operands = tuple[Any, ...]
 
 
 class Range(NamedTuple):
-  """Least and greatest of an integer over a tile, both inclusive."""
+  """Least and greatest of an integer over a tile, both inclusive.
+
+  Example:
+    >>> Range(128, 255)
+    Range(low=128, high=255)
+  """
 
   low: Any
   high: Any
 
 
+@runtime_checkable
 class Predicate(Protocol):
-  """What says which keys a query sees.
-
-  Attributes:
-    operands: how many per-query and per-key arrays it takes.
-  """
+  """What says which keys a query sees: equal ones are one, and hash alike."""
 
   @property
-  def operands(self) -> tuple[int, int]: ...
+  def operands(self) -> tuple[int, int]:
+    """How many per-query and per-key arrays it takes."""
+    ...
 
-  def __call__(self, i: Any, j: Any, q: Operands, k: Operands) -> Any: ...
+  def __call__(self, i: Any, j: Any, q: Operands, k: Operands) -> Any:
+    """The mask of queries i and keys j, in their broadcast shape."""
+    ...
 
   def tiles(
     self, i: Range, j: Range, q: tuple[Range, ...], k: tuple[Range, ...]
-  ) -> tuple[Any, Any]: ...
+  ) -> tuple[Any, Any]:
+    """(some, every), in the broadcast shape of all bounds it reads."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +85,48 @@ class Band:
   operands = (0, 0)
 
   def __call__(self, i, j, q, k):
-    return _between(i + self.offset, j, self.left, self.right)
+    low, high = self._limits()
+    seen = _whole(i, j) if low is None and high is None else None
+    if high is not None:
+      seen = j <= i + high
+    if low is not None:
+      seen = j >= i + low if seen is None else seen & (j >= i + low)
+    return seen
 
   def tiles(self, i, j, q, k):
-    i = Range(i.low + self.offset, i.high + self.offset)
-    return _tiles_between(i, j, self.left, self.right)
+    """Both bounds are exact."""
+    low, high = self._limits()
+    some = every = _whole(i.low, j.low)
+    if low is not None and high is not None:
+      some = some & (low <= high)
+    if high is not None:
+      some = some & (j.low <= i.high + high)
+      every = every & (j.high <= i.low + high)
+    if low is not None:
+      some = some & (j.high >= i.low + low)
+      every = every & (j.low >= i.high + low)
+    return some, every
+
+  def _limits(self):
+    """Bounds of j - i."""
+    low = None if self.left is None else self.offset - self.left
+    high = None if self.right is None else self.offset + self.right
+    low = None if low is None else min(max(low, -_FAR), _FAR)
+    return low, None if high is None else min(max(high, -_FAR), _FAR)
 
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-  """`p_i - left <= p_j <= p_i + right`, and p_j is not EMPTY."""
+  """`q - left <= k <= q + right` of positions, and k is not EMPTY.
+
+  Operands are the queries' positions and the keys'.
+
+  Example:
+    >>> q, k = jnp.array([[5], [7]]), jnp.array([7, 4, EMPTY])
+    >>> print(Positions(None, 0)(0, 0, (q,), (k,)).astype(int))
+    [[0 1 0]
+     [1 1 0]]
+  """
 
   left: int | None
   right: int | None
@@ -87,19 +134,38 @@ class Positions:
   operands = (1, 1)
 
   def __call__(self, i, j, q, k):
-    seen = k[0] != EMPTY
-    if self.left is None and self.right is None:
-      return seen & (q[0] == q[0])
-    return seen & _between(q[0], k[0], self.left, self.right)
+    (q,), (k,) = q, k
+    seen = _whole(q, k) & (k != EMPTY)
+    if self.right is not None:
+      seen = seen & (k <= _shift(q, self.right))
+    if self.left is not None:
+      seen = seen & (k >= _shift(q, -self.left))
+    return seen
 
   def tiles(self, i, j, q, k):
-    some, every = _tiles_between(q[0], k[0], self.left, self.right)
-    return some & (k[0].low != EMPTY), every & (k[0].high != EMPTY)
+    """Exact where positions run on; EMPTY may hide that a tile is unseen."""
+    (q,), (k,) = q, k
+    some = _whole(q.low, k.low) & (k.low != EMPTY)
+    every = _whole(q.low, k.low) & (k.high != EMPTY)
+    if self.right is not None:
+      some = some & (k.low <= _shift(q.high, self.right))
+      every = every & (k.high <= _shift(q.low, self.right))
+    if self.left is not None:
+      some = some & (k.high >= _shift(q.low, -self.left))
+      every = every & (k.low >= _shift(q.high, -self.left))
+    return some, every
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-  """Queries see the keys of their own id."""
+  """Queries see the keys of their own id.
+
+  Example:
+    >>> q, k = jnp.array([[0], [1]]), jnp.array([0, 0, 1])
+    >>> print(Segments()(0, 0, (q,), (k,)).astype(int))
+    [[1 1 0]
+     [0 0 1]]
+  """
 
   operands = (1, 1)
 
@@ -107,20 +173,128 @@ class Segments:
     return q[0] == k[0]
 
   def tiles(self, i, j, q, k):
+    """`every` is exact, and so is `some` where ids never jump by above 1."""
     (q,), (k,) = q, k
     some = (q.low <= k.high) & (k.low <= q.high)
     return some, (q.low == q.high) & (k.low == k.high) & (q.low == k.low)
 
 
 @dataclasses.dataclass(frozen=True)
+class Prefix:
+  """`j < length`: every query sees the first keys.
+
+  Attributes:
+    length: how many; None: a per-query operand says it.
+
+  Example:
+    >>> i, j = jnp.arange(2)[:, None], jnp.arange(4)
+    >>> print(Prefix(2)(i, j, (), ()).astype(int))
+    [[1 1 0 0]
+     [1 1 0 0]]
+    >>> print(Prefix(None)(i, j, (jnp.array([[1], [3]]),), ()).astype(int))
+    [[1 0 0 0]
+     [1 1 1 0]]
+  """
+
+  length: int | None
+
+  @property
+  def operands(self):
+    """One per-query array if the length is not static."""
+    return (0, 0) if self.length is not None else (1, 0)
+
+  def __call__(self, i, j, q, k):
+    if self.length is None:
+      return j < q[0]
+    return _whole(i, j) & (j < self._limit())
+
+  def tiles(self, i, j, q, k):
+    """Both bounds are exact."""
+    if self.length is None:
+      return j.low < q[0].high, j.high < q[0].low
+    tile = _whole(i.low, j.low)
+    return tile & (j.low < self._limit()), tile & (j.high < self._limit())
+
+  def _limit(self):
+    return min(max(self.length or 0, 0), _FAR)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal:
+  """`(i + offset) // size == j // size`: blocks that see themselves only.
+
+  Example:
+    >>> i, j = jnp.arange(3)[:, None], jnp.arange(3)
+    >>> print(BlockDiagonal(2)(i, j, (), ()).astype(int))
+    [[1 1 0]
+     [1 1 0]
+     [0 0 1]]
+  """
+
+  size: int
+  offset: int = 0
+
+  operands = (0, 0)
+
+  def __call__(self, i, j, q, k):
+    return (i + self.offset) // self.size == j // self.size
+
+  def tiles(self, i, j, q, k):
+    """Both bounds are exact."""
+    q = Range(*((x + self.offset) // self.size for x in i))
+    return Segments().tiles(i, j, (q,), (Range(*(x // self.size for x in j)),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided:
+  """`(i + offset - j) mod stride < width`: every stride-th key, before or after.
+
+  Example:
+    >>> i, j = jnp.arange(4)[:, None], jnp.arange(4)
+    >>> print(Strided(3)(i, j, (), ()).astype(int))
+    [[1 0 0 1]
+     [0 1 0 0]
+     [0 0 1 0]
+     [1 0 0 1]]
+  """
+
+  stride: int
+  width: int = 1
+  offset: int = 0
+
+  operands = (0, 0)
+
+  def __call__(self, i, j, q, k):
+    return (i + self.offset - j) % self.stride < self.width
+
+  def tiles(self, i, j, q, k):
+    """Both bounds are exact."""
+    first = i.low + self.offset - j.high
+    more = i.high + self.offset - j.low - first
+    first = first % self.stride
+    some = (first < self.width) | (first + more >= self.stride)
+    every = (first + more < self.width) | (self.width >= self.stride)
+    return some, every
+
+
+@dataclasses.dataclass(frozen=True)
 class Both:
-  """The keys that both `a` and `b` show; operands of `a` come first."""
+  """The keys that both `a` and `b` show; operands of `a` come first.
+
+  Example:
+    >>> i, j = jnp.arange(3)[:, None], jnp.arange(3)
+    >>> print(Both(Band(None, 0), Prefix(1))(i, j, (), ()).astype(int))
+    [[1 0 0]
+     [1 0 0]
+     [1 0 0]]
+  """
 
   a: Predicate
   b: Predicate
 
   @property
   def operands(self):
+    """Those of a and b."""
     return _sum(self.a.operands, self.b.operands)
 
   def __call__(self, i, j, q, k):
@@ -128,6 +302,7 @@ class Both:
     return self.a(i, j, qa, ka) & self.b(i, j, qb, kb)
 
   def tiles(self, i, j, q, k):
+    """`every` is exact if both are; a and b may miss each other in a tile."""
     (qa, ka), (qb, kb) = _split(self.a, q, k)
     some, every = self.a.tiles(i, j, qa, ka)
     some2, every2 = self.b.tiles(i, j, qb, kb)
@@ -136,13 +311,22 @@ class Both:
 
 @dataclasses.dataclass(frozen=True)
 class Either:
-  """The keys that `a` or `b` shows; operands of `a` come first."""
+  """The keys that `a` or `b` shows; operands of `a` come first.
+
+  Example:
+    >>> i, j = jnp.arange(3)[:, None], jnp.arange(3)
+    >>> print(Either(Band(None, 0), Prefix(2))(i, j, (), ()).astype(int))
+    [[1 1 0]
+     [1 1 0]
+     [1 1 1]]
+  """
 
   a: Predicate
   b: Predicate
 
   @property
   def operands(self):
+    """Those of a and b."""
     return _sum(self.a.operands, self.b.operands)
 
   def __call__(self, i, j, q, k):
@@ -150,30 +334,25 @@ class Either:
     return self.a(i, j, qa, ka) | self.b(i, j, qb, kb)
 
   def tiles(self, i, j, q, k):
+    """`some` is exact if both are; a and b may fill a tile together."""
     (qa, ka), (qb, kb) = _split(self.a, q, k)
     some, every = self.a.tiles(i, j, qa, ka)
     some2, every2 = self.b.tiles(i, j, qb, kb)
     return some | some2, every | every2
 
 
-def _between(i, j, left, right):
-  seen = None
-  if right is not None:
-    seen = j <= i + right
-  if left is not None:
-    after = j >= i - left
-    seen = after if seen is None else seen & after
-  return (i == i) & (j == j) if seen is None else seen
+def _whole(i, j):
+  """True, in the broadcast shape."""
+  return (i == i) & (j == j)
 
 
-def _tiles_between(i, j, left, right):
-  some, every = i.low <= i.high, i.low <= i.high
-  some, every = some & (j.low <= j.high), every & (j.low <= j.high)
-  if right is not None:
-    some, every = some & (j.low <= i.high + right), every & (j.high <= i.low + right)
-  if left is not None:
-    some, every = some & (j.high >= i.low - left), every & (j.low >= i.high - left)
-  return some, every
+def _shift(x, by):
+  """x + by for a static `by`, no further than the ends of int32."""
+  if by == 0:
+    return x
+  if by > 0:
+    return jnp.minimum(x, EMPTY - by) + by
+  return jnp.maximum(x, _LEAST - by) + by
 
 
 def _sum(a, b):
