@@ -37,6 +37,9 @@ class Extras(NamedTuple):
     k: operands by key, each int32 [b|1, k|1, s].
     sinks: float [n], or None.
     dropout_key: a typed key, or None.
+    first: int32 [2], the batch row and query head that this call's first ones
+      are of a whole that is divided over devices; None is (0, 0). Dropout
+      adds them to its indices, so that the whole has one mask.
   """
 
   lists: Any = None
@@ -44,3 +47,4 @@ class Extras(NamedTuple):
   k: tuple[Any, ...] = ()
   sinks: Any = None
   dropout_key: Any = None
+  first: Any = None
