@@ -92,7 +92,7 @@ def _attend(options, q, k, v, sinks, extras):
   total = jnp.sum(p, axis=-1)
   if sinks is not None:
     total = total + jnp.exp(sinks - top)
-  p = _drop(options, p, extras.dropout_key).astype(dtype)
+  p = _drop(options, p, extras).astype(dtype)
   o = dot("bkrs,bksd->bkrd", p.reshape(*q.shape[:3], -1), v)
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
@@ -132,10 +132,10 @@ def _backward(options, residuals, cotangents):
   delta = jnp.sum(do.astype(acc) * o.astype(acc), axis=-1)
   delta = delta.reshape(x.shape[:-1]) - dlse
   square = (*q.shape[:3], x.shape[-1])
-  kept = _drop(options, p, extras.dropout_key).astype(dtype)
+  kept = _drop(options, p, extras).astype(dtype)
   dv = dot("bkrs,bkrd->bksd", kept.reshape(square), do)
   dp = dot("bkrd,bksd->bkrs", do, v).reshape(x.shape)
-  dp = _drop(options, dp, extras.dropout_key)
+  dp = _drop(options, dp, extras)
   dx = p * (dp - delta[..., None]) * options.scale
   if slope is not None:
     dx = dx * slope
@@ -278,16 +278,16 @@ def _logits(options, q, k, mask, t):
   return x, slope
 
 
-def _drop(options, p, key):
+def _drop(options, p, extras):
   """Dropout of p [b k g t s]: the same entries for the same key."""
-  if key is None:
+  if extras.dropout_key is None:
     return p
   b, k, g, t, s = p.shape
-  heads = jnp.arange(k * g).reshape(k, g, 1, 1)
+  row, head = (0, 0) if extras.first is None else extras.first
   kept = dropout.keep(
-    dropout.words(key),
-    jnp.arange(b).reshape(b, 1, 1, 1, 1),
-    heads,
+    dropout.words(extras.dropout_key),
+    row + jnp.arange(b).reshape(b, 1, 1, 1, 1),
+    head + jnp.arange(k * g).reshape(k, g, 1, 1),
     jnp.arange(t)[:, None],
     jnp.arange(s),
     options.dropout_rate,
