@@ -1,0 +1,286 @@
+"""A call divided over a mesh: each device has its rows and its heads.
+
+Attention exchanges nothing between batch rows, nor between the heads of
+different groups, so that a mesh's axes may divide both, and every device runs
+the same call on less. XLA finds that out by itself for its own operations, but
+a kernel is a closed box to it: it would gather the whole on every device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
+
+from isthmus.pallas.flash.api import Extras
+
+#: Axes that divide rows and heads where nothing is said: `isthmus.train.mesh`
+#: has the same names.
+ROWS, HEADS = ("data", "fsdp"), ("model",)
+
+
+class Axes(NamedTuple):
+  """Mesh axes that divide a call.
+
+  Attributes:
+    rows: names that divide the batch.
+    heads: names that divide the query heads and the kv heads.
+
+  Example:
+    >>> Axes(rows=("data",))
+    Axes(rows=('data',), heads=())
+  """
+
+  rows: tuple[str, ...] = ()
+  heads: tuple[str, ...] = ()
+
+
+def choose(
+  b: int, n: int, k: int, shard_axes: Any = None, *, checked: bool = False
+) -> Axes:
+  """The axes of the current mesh (`jax.set_mesh`) that divide a call.
+
+  By default rows are divided by `data` and `fsdp`, each if it is an Auto axis
+  of the mesh that no enclosing `jax.shard_map` has made manual, and if it
+  divides the rows that are left; and heads by `model`. A size that some axis
+  doesn't divide is refused, but for rows by default: a batch of 1, as
+  generation has, runs on any mesh. One kv head is copied to every device.
+
+  Args:
+    b: batch rows.
+    n: query heads.
+    k: kv heads.
+    shard_axes: (batch axes, head axes), each a name, names, or None for the
+      default; None is (None, None), and ((), ()) divides nothing.
+    checked: the call is within a `jax.shard_map` that checks how values vary.
+      It isn't divided further there: jax (0.10 to 0.12) can't differentiate
+      such a nest.
+
+  Raises:
+    ValueError: heads or rows that an axis doesn't divide; a named axis that
+      the mesh lacks, that is manual or that is named twice.
+    NotImplementedError: axes are named, and `checked`.
+
+  Example:
+    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    >>> with jax.set_mesh(mesh):
+    ...   choose(8, 4, 2)  # one device has nothing to divide
+    Axes(rows=(), heads=())
+  """
+  named_rows, named_heads = _pair(shard_axes)
+  mesh = jax.sharding.get_abstract_mesh()
+  for name in (*(named_rows or ()), *(named_heads or ())):
+    _check_name(name, mesh)
+  free = {
+    name: size
+    for name, size in mesh.shape.items()
+    if size > 1 and _kind(mesh, name) == AxisType.Auto
+  }
+  rows, heads = (
+    tuple(x for x in names if x in free and x not in (taken or ()))
+    for names, taken in (
+      (ROWS if named_rows is None else named_rows, named_heads),
+      (HEADS if named_heads is None else named_heads, named_rows),
+    )
+  )
+  if named_rows is None:
+    rows = _dividing(b, rows, free)
+  if checked:
+    if (named_rows and rows) or (named_heads and heads):
+      raise NotImplementedError(
+        f"shard_axes {shard_axes!r} within a jax.shard_map that checks how"
+        " values vary: jax can't differentiate it; pass check_vma=False there"
+      )
+    return Axes()
+  for what, size, names, rest in (
+    ("a batch of", b, rows, "((), head axes)"),
+    ("query heads:", n, heads, "(batch axes, ())"),
+    ("kv heads:", 0 if k == 1 else k, heads, "(batch axes, ())"),
+  ):
+    count = math.prod(free[name] for name in names)
+    if size % count:
+      raise ValueError(
+        f"{what} {size} is not a multiple of the {count} devices of mesh axis"
+        f" {'+'.join(names)}; shard_axes={rest} leaves it whole"
+      )
+  return Axes(rows, heads)
+
+
+def sharded(
+  function: Callable[..., Any],
+  arrays: tuple[Any, ...],
+  labels: tuple[Any, ...],
+  out: Any,
+  *,
+  axes: Axes,
+) -> Any:
+  """`function(*arrays)`, run by every device on its rows and heads.
+
+  Args:
+    function: of arrays; what it returns for some rows and heads doesn't
+      depend on the others.
+    arrays: pytrees.
+    labels: a prefix of that tree; each leaf spells an array's first axes: `b`
+      batch, `h` heads, `.` any other. An axis of size 1 is copied.
+    out: the same for what is returned.
+    axes: of `choose`; without any, this is the plain call.
+
+  Example:
+    >>> def scale(x, factor):
+    ...   return x * factor
+    >>> x = jnp.ones((4, 3, 2))
+    >>> sharded(scale, (x, 2.0), ("b.h", ""), "b.h", axes=Axes()).shape
+    (4, 3, 2)
+  """
+  if not (axes.rows or axes.heads):
+    return function(*_alike(arrays))
+  mesh = jax.sharding.get_abstract_mesh()
+  # What is left to XLA inside; an axis of one device needn't be.
+  left = {
+    name
+    for name, size in mesh.shape.items()
+    if size > 1 and name not in (*axes.rows, *axes.heads)
+  }
+  in_specs = jax.tree.map(
+    lambda x, label: _spec(label, axes, jnp.shape(x)),
+    arrays,
+    jax.tree.broadcast(labels, arrays),
+  )
+  call = jax.shard_map(
+    function,
+    in_specs=in_specs,
+    out_specs=jax.tree.map(lambda label: _spec(label, axes), out),
+    axis_names={n for n in mesh.axis_names if n not in left}
+    - set(mesh.manual_axes),
+    # Kernels don't say how their results vary. Every axis divides a result,
+    # so that there is nothing to check.
+    check_vma=False,
+  )
+  # Outside jit, jax can't run a map over a part of a mesh.
+  return (jax.jit(call) if left else call)(*arrays)
+
+
+def attend_sharded(
+  function: Callable[..., Any],
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  extras: Extras,
+  *,
+  shard_axes: Any = None,
+  out: Any = ("b.h", "bh"),
+) -> Any:
+  """`function(q, k, v, extras)`, divided over the current mesh.
+
+  Args:
+    function: an implementation of attention, its options bound.
+    q, k, v, extras: its arguments.
+    shard_axes: see `choose`.
+    out: labels of what it returns, as in `sharded`; by default (o, lse).
+
+  Example:
+    >>> from isthmus.pallas.flash.api import Options
+    >>> from isthmus.pallas.flash.ref import attend
+    >>> call = lambda *arrays: attend(*arrays, options=Options())
+    >>> q = k = v = jnp.ones((2, 4, 2, 8))
+    >>> o, lse = attend_sharded(call, q, k, v, Extras())
+    >>> o.shape, lse.shape
+    ((2, 4, 2, 8), (2, 2, 4))
+  """
+  (b, _, n, _), heads = q.shape, k.shape[2]
+  checked = any(_varying(x) for x in jax.tree.leaves((q, k, v, extras)))
+  axes = choose(b, n, heads, shard_axes, checked=checked)
+
+  def local(q, k, v, extras, rows, heads):
+    if extras.dropout_key is not None:
+      extras = extras._replace(first=jnp.stack([rows[0], heads[0]]))
+    return function(q, k, v, extras)
+
+  if not (axes.rows or axes.heads):
+    return function(*_alike((q, k, v, extras)))
+  return sharded(
+    local,
+    (q, k, v, extras, *(jnp.arange(x, dtype=jnp.int32) for x in (b, n))),
+    (
+      "b.h",
+      "b.h",
+      "b.h",
+      Extras(lists="bh", q="bh", k="bh", sinks="h", dropout_key="", first=""),
+      "b",
+      "h",
+    ),
+    out,
+    axes=axes,
+  )
+
+
+def _pair(shard_axes: Any):
+  """(batch axes, head axes), each a tuple of names, or None."""
+  if shard_axes is None:
+    return None, None
+  if isinstance(shard_axes, str) or len(shard_axes) != 2:
+    raise ValueError(
+      f"shard_axes is {shard_axes!r}; it is (batch axes, head axes)"
+    )
+  rows, heads = (
+    (names,) if isinstance(names, str) else names and tuple(names)
+    for names in shard_axes
+  )
+  named = (*(rows or ()), *(heads or ()))
+  for name in named:
+    if named.count(name) > 1:
+      raise ValueError(f"shard_axes names {name!r} twice")
+  return rows, heads
+
+
+def _check_name(name, mesh) -> None:
+  if name not in mesh.shape:
+    has = ", ".join(mesh.axis_names) or "no axes: jax.set_mesh sets one"
+    raise ValueError(f"shard_axes names {name!r}; the mesh has {has}")
+  if (kind := _kind(mesh, name)) != AxisType.Auto:
+    raise ValueError(
+      f"shard_axes names {name!r}, which is {kind.name} here, not Auto"
+    )
+
+
+def _kind(mesh, name):
+  return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[name]
+
+
+def _dividing(size, names, free):
+  """Of `names` in turn those that divide what is left of `size`."""
+  taken = []
+  for name in names:
+    if size % free[name] == 0:
+      taken.append(name)
+      size //= free[name]
+  return tuple(taken)
+
+
+def _spec(label, axes, shape=None):
+  """The PartitionSpec of an array whose axes `label` spells."""
+  names = {"b": axes.rows, "h": axes.heads, ".": ()}
+  parts = []
+  for i, letter in enumerate(label):
+    copied = shape is not None and shape[i] == 1
+    parts.append(None if copied else names[letter] or None)
+  return PartitionSpec(*parts)
+
+
+def _varying(x) -> frozenset:
+  """Axes of an enclosing, checked `shard_map` that x differs along."""
+  return jax.typeof(x).manual_axis_type.varying
+
+
+def _alike(arrays):
+  """`arrays`, varying along the same axes: what a custom rule's have to do."""
+  every = frozenset().union(*map(_varying, jax.tree.leaves(arrays)))
+
+  def spread(x):
+    missing = tuple(sorted(every - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(spread, arrays) if every else arrays
