@@ -1,0 +1,53 @@
+"""Where the kernels meet interfaces of jax that move between releases."""
+
+import contextlib
+
+import jax
+
+# Part of the key of jit's cache, as a ContextVar is not.
+_interpreting = jax.make_user_context(False)
+
+
+def has_mosaic() -> bool:
+  """Whether this jax has the Mosaic GPU interface that the kernels use.
+
+  Example:
+    >>> has_mosaic() == (jax.__version_info__ >= (0, 11))
+    True
+  """
+  return jax.__version_info__ >= (0, 11)
+
+
+def interpreting() -> bool:
+  """Whether Mosaic GPU kernels are interpreted on the CPU.
+
+  Example:
+    >>> interpreting()
+    False
+  """
+  return _interpreting.value
+
+
+@contextlib.contextmanager
+def interpreted():
+  """`with interpreted():` runs Mosaic GPU kernels on the CPU, for tests.
+
+  Every warpgroup is simulated: seconds for what a GPU does in microseconds.
+
+  Raises:
+    NotImplementedError: jax is older than 0.11, which brought it.
+
+  Example:
+    >>> with interpreted():
+    ...   interpreting()
+    True
+  """
+  if not has_mosaic():
+    raise NotImplementedError(
+      f"jax {jax.__version__} can't interpret GPU kernels; 0.11 can"
+    )
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  with _interpreting(True):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+      yield

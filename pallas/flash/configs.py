@@ -1,0 +1,24 @@
+"""Tile sizes and pipeline depths of the Mosaic GPU kernels, by head width."""
+
+import dataclasses
+
+from isthmus.pallas.flash.mosaic_backward import BackwardConfig
+from isthmus.pallas.flash.mosaic_forward import ForwardConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+  """One of each pass."""
+
+  forward: ForwardConfig = ForwardConfig()
+  queries: BackwardConfig = BackwardConfig()
+  keys: BackwardConfig = BackwardConfig()
+
+
+def configs(width: int, value_width: int) -> Configs:
+  """What a call with these (padded) widths is compiled with."""
+  if max(width, value_width) > 128:
+    return Configs(
+      ForwardConfig(64, 2), BackwardConfig(64, 2), BackwardConfig(64, 2)
+    )
+  return Configs()

@@ -1,0 +1,241 @@
+"""Attention on Hopper: the Mosaic GPU kernels behind one differentiable call.
+
+Dense attention is the walk along all tiles, causal and windowed attention a
+walk along a range of them, and everything else a walk along lists. What is
+done here, in XLA, is small: lists of tiles, their order by falling work, and
+`delta = rowsum(do o) - dlse`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from isthmus.pallas.compat import has_mosaic, interpreting
+from isthmus.pallas.dispatch import platform
+from isthmus.pallas.flash import lists as listing
+from isthmus.pallas.flash import plan as planning
+from isthmus.pallas.flash.api import Extras, Options
+from isthmus.pallas.flash.predicate import Band
+from isthmus.pallas.flash.ref import LSE, OUT, may_miss
+
+#: Tokens of a tile, of queries and of keys.
+BLOCK = 128
+#: The widths that kernels are compiled for; others are padded with zeros.
+WIDTHS = (64, 128, 192, 256)
+
+
+def attend(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  extras: Extras,
+  *,
+  options: Options,
+) -> tuple[Float[Array, "b t n dv"], Float[Array, "b n t"]]:
+  """(o, lse) of `isthmus.attention.attention`, whose checks are done."""
+  width, value_width = q.shape[3], v.shape[3]
+  q, k = (_widen(x, _width(width)) for x in (q, k))
+  v = _widen(v, _width(value_width))
+  sinks, rest = extras.sinks, extras._replace(sinks=None)
+  o, lse = _attend(options, q, k, v, sinks, rest)
+  return o[..., :value_width], lse
+
+
+def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
+  """Why the kernels can't take a call, or None."""
+  if not has_mosaic():
+    return f"it needs jax 0.11, and this is {jax.__version__}"
+  if not interpreting():
+    reason = refuse_device()
+    if reason is not None:
+      return reason
+  return refuse_call(q, k, v, extras, options)
+
+
+def refuse_device() -> str | None:
+  """Why this machine can't run the kernels, or None."""
+  if platform() != "gpu":
+    return f"it needs an NVIDIA Hopper GPU, and the platform is {platform()}"
+  capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+  if capability != "9.0":
+    return (
+      "it needs a Hopper GPU of compute capability 9.0, and this is "
+      f"{jax.local_devices()[0]} of {capability or 'none'}"
+    )
+  return None
+
+
+def refuse_call(q, k, v, extras: Extras, options: Options) -> str | None:
+  """What the kernels can't take on any machine."""
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it takes bfloat16 and float16, not {q.dtype}"
+  if options.dropout_rate:
+    return f"it does not take dropout ({options.dropout_rate})"
+  if not options.scale > 0:
+    return f"it takes scales above 0, not {options.scale}"
+  width = max(q.shape[3], v.shape[3])
+  if width > WIDTHS[-1]:
+    return f"it takes head widths up to {WIDTHS[-1]}, not {width}"
+  if extras.lists is not None:
+    block = extras.lists.block
+    if block[0] % BLOCK or block[1] % BLOCK:
+      return f"it takes blocks of multiples of {BLOCK} tokens, not {block}"
+  if min(q.size, k.size, v.size) == 0:
+    return f"it takes no empty arrays: {q.shape}, {k.shape}, {v.shape}"
+  return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, k, v, sinks, extras):
+  from isthmus.pallas.flash.configs import configs
+  from isthmus.pallas.flash.mosaic_forward import forward
+
+  k, v = _clean_keys(options, q, k, v, extras)
+  plan = _plan(options, q, k, extras, sinks)
+  config = configs(q.shape[3], v.shape[3]).forward
+  o, lse = forward(q, k, v, plan, options, config)
+  return o, lse[..., : q.shape[1]]
+
+
+def _forward(options, q, k, v, sinks, extras):
+  o, lse = _attend(options, q, k, v, sinks, extras)
+  o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
+  return (o, lse), (q, k, v, sinks, extras, o, lse)
+
+
+def _backward(options, residuals, cotangents):
+  from isthmus.pallas.flash.configs import configs
+  from isthmus.pallas.flash.mosaic_backward import (
+    backward_keys,
+    backward_queries,
+  )
+
+  q, k, v, sinks, extras, o, lse = residuals
+  do, dlse = cotangents
+  t, config = q.shape[1], configs(q.shape[3], v.shape[3])
+  k, v = _clean_keys(options, q, k, v, extras)
+  empty = jnp.isneginf(lse)
+  rows = jnp.swapaxes(empty, 1, 2)[..., None]
+  if may_miss(options, extras, t, k.shape[1]):
+    # A row without keys passes nothing on, whatever it and do hold.
+    q, do = jnp.where(rows, 0, q), jnp.where(rows, 0, do)
+  delta = jnp.einsum(
+    "btnd,btnd->bnt", *(x.astype(jnp.float32) for x in (do, o))
+  )
+  delta = delta - jnp.where(empty, 0.0, dlse)
+  short = [(0, 0), (0, 0), (0, -t % BLOCK)]
+  lse2 = jnp.where(empty, jnp.inf, lse * _LOG2E)
+  lse2 = jnp.pad(lse2, short, constant_values=jnp.inf)
+  arrays = (q, k, v, do, lse2, jnp.pad(delta, short))
+
+  plan = _plan(options, q, k, extras, None)
+  dq = backward_queries(*arrays, plan, options, config.queries)
+  plan = _transposed(plan, k.shape[1], k.shape[2])
+  dk, dv = backward_keys(*arrays, plan, options, config.keys)
+  dsinks = None
+  if sinks is not None:
+    share = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
+    dsinks = -jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype)
+  return dq, dk, dv, dsinks, None
+
+
+_attend.defvjp(_forward, _backward)
+
+_LOG2E = 1.4426950408889634
+
+
+def _plan(options, q, k, extras, sinks):
+  """How query tiles walk along key tiles."""
+  from isthmus.pallas.flash.tile import Plan
+
+  predicate, t, s = options.predicate, q.shape[1], k.shape[1]
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32)
+  if extras.lists is None and (
+    predicate is None or isinstance(predicate, Band)
+  ):
+    return Plan(band=predicate or Band(None, None), sinks=sinks)
+  lists = planning.tiles(
+    extras.lists,
+    predicate,
+    extras.q,
+    extras.k,
+    t=t,
+    s=s,
+    block=(BLOCK, BLOCK),
+    num_heads=q.shape[2],
+  )
+  return Plan(
+    lists=lists,
+    order=_order(_work(lists)),
+    q=tuple(_whole(x) for x in extras.q),
+    k=tuple(_whole(x) for x in extras.k),
+    sinks=sinks,
+  )
+
+
+def _transposed(plan, s, heads):
+  """How key tiles walk along query tiles."""
+  from isthmus.pallas.flash.mosaic_backward import transposed
+  from isthmus.pallas.flash.tile import Plan
+
+  if plan.lists is None:
+    return Plan(band=transposed(plan.band))
+  lists = listing.transpose(plan.lists, -(-s // BLOCK))
+  work = _work(lists)
+  if work.shape[1] > 1:  # a kv head walks for all its query heads
+    work = work.reshape(work.shape[0], heads, -1, work.shape[2]).sum(axis=2)
+  return Plan(lists=lists, order=_order(work), q=plan.q, k=plan.k)
+
+
+def _work(lists):
+  work = lists.full_num
+  return work if lists.partial is None else work + lists.partial_num
+
+
+def _order(work):
+  """Rows by falling work, so that what starts last is short."""
+  return jnp.argsort(-work, axis=-1).astype(jnp.int32)
+
+
+def _clean_keys(options, q, k, v, extras):
+  """Keys and values, those that no query tile may see being 0.
+
+  0 NaN is NaN, so masked probabilities alone would let padding through.
+  """
+  if not extras.k:
+    return k, v
+  some, _ = planning.classify(
+    options.predicate,
+    extras.q,
+    extras.k,
+    t=q.shape[1],
+    s=k.shape[1],
+    block=(BLOCK, 1),
+    num_heads=q.shape[2],
+  )
+  seen = jnp.any(some, axis=2)  # [b|1, n|1, s]
+  if seen.shape[1] > 1:
+    seen = seen.reshape(seen.shape[0], k.shape[2], -1, seen.shape[2]).any(
+      axis=2
+    )
+  seen = jnp.swapaxes(seen, 1, 2)[..., None]
+  return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+
+
+def _whole(x: Any) -> Any:
+  """Operands padded to whole tiles; masks of lengths hide what is added."""
+  return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % BLOCK)])
+
+
+def _width(width: int) -> int:
+  return next(x for x in WIDTHS if x >= width)
+
+
+def _widen(x, width):
+  short = width - x.shape[3]
+  return jnp.pad(x, [(0, 0)] * 3 + [(0, short)]) if short else x
