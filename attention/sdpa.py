@@ -1,24 +1,26 @@
 """Exact attention: one function, and the implementations behind it.
 
-The reference is plain XLA with the backward rule of FlashAttention-2
-(https://arxiv.org/abs/2307.08691): it keeps (o, lse), and recomputes the
-probabilities, so that nothing of size t x s outlives a layer.
+The argument is checked and put into the terms of `isthmus.pallas.flash.api`
+here; the implementations, their order and their refusals are `OP`'s.
 """
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
-from isthmus.attention.mask import Window, check_window
-from isthmus.attention.reference import LSE, OUT, Extras, Options, attend
-from isthmus.pallas.dispatch import Impl, Op, Row, platform
-
-# cuDNN's forward kernel carries no names; it is known by its primitive.
-_CUDNN_FORWARD = "dot_product_attention_fwd"
+from isthmus.attention.mask import Window, conditions
+from isthmus.attention.shard import attend_sharded, choose
+from isthmus.pallas.dispatch import Impl, Op, Row
+from isthmus.pallas.flash.api import Extras, Options
+from isthmus.pallas.flash.cudnn import FORWARD
+from isthmus.pallas.flash.plan import restrict
+from isthmus.pallas.flash.predicate import Both
+from isthmus.pallas.flash.ref import LSE, OUT
 
 
 def attention(
@@ -48,8 +50,8 @@ def attention(
   `lse_i = log(sum_j exp(x_ij))` over the visible j, with
   `x_ij = scale q_i . k_j`, or `softcap tanh(scale q_i . k_j / softcap)`.
   Query head n reads kv head `n // (n_heads / k_heads)`.
-  All conditions (causal, window, segments, positions) must hold at once. A
-  query that sees no key has o = 0, lse = -inf and gradient 0.
+  All conditions (causal, window, mask, segments, positions) must hold at once.
+  A query that sees no key has o = 0, lse = -inf and gradient 0.
 
   Args:
     q: queries.
@@ -59,7 +61,9 @@ def attention(
       query stands at the last key (bottom-right aligned).
     window: a query at p sees keys at p - left .. p + right, both inclusive;
       an int is (int, int), None on a side is no limit.
-    mask: reserved for block masks; refused.
+    mask: a `BlockMask`: the key blocks that each query block sees, for each
+      batch row and head or shared. Query blocks with more key blocks than its
+      capacity are NaN.
     segment_ids: queries see keys of equal id only.
     kv_segment_ids: the keys' ids; by default the queries', if t == s.
     q_positions: int32 positions that causal and window compare, per row and
@@ -74,9 +78,10 @@ def attention(
       up; the lse is that without dropout.
     dropout_key: a typed key; needed if dropout_rate > 0.
     return_lse: also return the lse.
-    shard_axes: reserved; refused. XLA partitions the reference and cuDNN over
-      batch and heads by itself.
-    impl: implementation, see `isthmus.pallas.dispatch`: "xla" or "cudnn".
+    shard_axes: (batch axes, head axes) of the mesh that divide the call; by
+      default `data` and `fsdp`, and `model`, see `isthmus.attention.shard`.
+    impl: implementation, see `isthmus.pallas.dispatch`: "mosaic", "cudnn",
+      "chunked" (XLA in linear memory) or "xla" (with t x s scores).
 
   Returns:
     o [b t n dv] of q's dtype, or (o, lse) with lse [b n t] in float32
@@ -91,7 +96,7 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (1, 4, 2, 8)
   """
-  options, extras = _normalise(
+  options, extras = _prepare(
     q,
     k,
     v,
@@ -108,9 +113,16 @@ def attention(
     dropout_rate=dropout_rate,
     dropout_key=dropout_key,
     return_lse=return_lse,
-    shard_axes=shard_axes,
   )
-  return OP(q, k, v, extras, options=options, impl=impl)
+  return attend_sharded(
+    functools.partial(OP, options=options, impl=impl),
+    q,
+    k,
+    v,
+    extras,
+    shard_axes=shard_axes,
+    out=("b.h", "bh") if return_lse else "b.h",
+  )
 
 
 def explain(q: Any, k: Any, v: Any, *, impl=None, **kwargs: Any) -> list[Row]:
@@ -119,18 +131,33 @@ def explain(q: Any, k: Any, v: Any, *, impl=None, **kwargs: Any) -> list[Row]:
   Args:
     q, k, v: arrays or `jax.ShapeDtypeStruct`s; nothing is run or compiled.
     impl: as in `attention`.
-    **kwargs: the other arguments of `attention`; `case` is put in the rows.
+    **kwargs: the other arguments of `attention`, structs for arrays too;
+      `case` is put in the rows.
 
   Returns:
     A row for each implementation.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((1, 128, 4, 64), jnp.bfloat16)
-    >>> [(row.name, row.verdict) for row in explain(x, x, x)]  # on a CPU
-    [('xla', 'runs'), ('cudnn', 'refuses')]
+    >>> rows = explain(x, x, x)  # on a CPU
+    >>> [row.name for row in rows if row.verdict == "runs"]
+    ['chunked']
+    >>> [row.name for row in rows if row.verdict == "refuses"]
+    ['mosaic', 'cudnn']
   """
   case = kwargs.pop("case", "")
-  options, extras = _normalise(q, k, v, **kwargs)
+  shard_axes = kwargs.pop("shard_axes", None)
+  arrays = {name: kwargs.pop(name, None) for name in _ARRAYS}
+  found = []
+
+  def prepare(q, k, v, arrays):
+    options, extras = _prepare(q, k, v, **arrays, **kwargs)
+    found.append(options)
+    return extras
+
+  extras = jax.eval_shape(prepare, q, k, v, arrays)
+  choose(q.shape[0], q.shape[2], k.shape[2], shard_axes)
+  (options,) = found
   return OP.explain(q, k, v, extras, options=options, impl=impl, case=case)
 
 
@@ -140,7 +167,7 @@ def report() -> list[Row]:
   Example:
     >>> row = report()[0]
     >>> row.case, row.name, row.verdict  # on a CPU
-    ('bfloat16, causal', 'xla', 'runs')
+    ('bfloat16, causal', 'chunked', 'runs')
   """
   tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
@@ -167,10 +194,22 @@ def save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
   """
   if primitive.name == "name":
     return params["name"] in (OUT, LSE)
-  return primitive.name.startswith(_CUDNN_FORWARD)
+  return primitive.name.startswith(FORWARD)
 
 
-def _normalise(
+# Arguments of `attention` that are arrays, or trees of them.
+_ARRAYS = (
+  "mask",
+  "segment_ids",
+  "kv_segment_ids",
+  "q_positions",
+  "kv_positions",
+  "sinks",
+  "dropout_key",
+)
+
+
+def _prepare(
   q,
   k,
   v,
@@ -180,23 +219,18 @@ def _normalise(
   mask=None,
   segment_ids=None,
   kv_segment_ids=None,
+  q_positions=None,
+  kv_positions=None,
   scale=None,
   softcap=None,
+  sinks=None,
   dropout_rate=0.0,
   dropout_key=None,
   return_lse=False,
-  shard_axes=None,
-  q_positions=None,
-  kv_positions=None,
-  sinks=None,
 ) -> tuple[Options, Extras]:
   """The checked arguments; every refusal that no implementation lifts."""
   _check_shapes(q, k, v)
   (b, t, n, d), s, heads = q.shape, k.shape[1], k.shape[2]
-  if mask is not None:
-    raise NotImplementedError("attention: block masks come in a later release")
-  if shard_axes is not None:
-    raise NotImplementedError("attention: shard_axes comes in a later release")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap is {softcap}; it must be above 0")
   if not 0 <= dropout_rate < 1:
@@ -219,19 +253,36 @@ def _normalise(
     ("sinks", sinks, ((n,),)),
   ):
     _check_extra(name, x, shape)
+  predicate, q_ops, k_ops = conditions(
+    t,
+    s,
+    bool(causal),
+    window,
+    segment_ids,
+    kv_segment_ids,
+    q_positions,
+    kv_positions,
+  )
+  lists = None
+  if mask is not None:
+    _check_mask(mask, b, t, n, s, heads)
+    lists = restrict(mask.lists, predicate, q_ops, k_ops, t=t, s=s, num_heads=n)
+    if mask.predicate is not None:
+      predicate = (
+        mask.predicate if predicate is None else Both(mask.predicate, predicate)
+      )
+      q_ops, k_ops = (*mask.q, *q_ops), (*mask.k, *k_ops)
   options = Options(
-    causal=bool(causal),
-    window=check_window(window),
     scale=float(d**-0.5 if scale is None else scale),
     softcap=None if softcap is None else float(softcap),
     dropout_rate=float(dropout_rate),
+    predicate=predicate,
     return_lse=bool(return_lse),
   )
   return options, Extras(
-    segment_ids=segment_ids,
-    kv_segment_ids=kv_segment_ids,
-    q_positions=q_positions,
-    kv_positions=kv_positions,
+    lists=lists,
+    q=q_ops,
+    k=k_ops,
     sinks=sinks,
     dropout_key=dropout_key if dropout_rate else None,
   )
@@ -266,84 +317,68 @@ def _check_extra(name, x, sizes) -> None:
     raise ValueError(f"{name} are {x.dtype}, not int32")
 
 
-def _xla(q, k, v, extras: Extras, *, options: Options):
-  o, lse = attend(q, k, v, extras, options=options)
-  return (o, lse) if options.return_lse else o
+def _check_mask(mask, b, t, n, s, heads) -> None:
+  from isthmus.attention.block_mask import BlockMask
 
-
-def _cudnn(q, k, v, extras: Extras, *, options: Options):
-  del extras  # refused unless empty
-  window = options.window
-  if window is not None:
-    window = None if window[0] is None else (window[0], 0)
-  try:
-    o = jax.nn.dot_product_attention(
-      q,
-      k,
-      v,
-      scale=options.scale,
-      is_causal=options.causal,
-      local_window_size=window,
-      implementation="cudnn",
+  if not isinstance(mask, BlockMask):
+    raise TypeError(f"mask is a {type(mask).__name__}; it is to be a BlockMask")
+  if tuple(mask.lengths) != (t, s):
+    raise ValueError(
+      f"a mask of {mask.lengths[0]} queries and {mask.lengths[1]} keys, and "
+      f"the call has {t} and {s}"
     )
-  except RuntimeError as error:
-    if type(error) is not RuntimeError:  # not a refusal: a failure on device
-      raise
-    raise NotImplementedError(f"cudnn: {error}") from error
-  return checkpoint_name(o, OUT)
-
-
-def _refuse_cudnn(q, k, v, extras: Extras, *, options: Options) -> str | None:
-  if platform() != "gpu":
-    return f"it needs an NVIDIA GPU, and the platform is {platform()}"
-  capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-  if not capability.replace(".", "").isdigit():
-    return f"it needs an NVIDIA GPU, and this is {jax.local_devices()[0]}"
-  if float(capability) < 8:
-    return f"it needs compute capability 8.0, and the GPU has {capability}"
-  return _refuse_cudnn_call(q, k, v, extras, options, float(capability) >= 9)
-
-
-def _refuse_cudnn_call(q, k, v, extras, options, hopper: bool) -> str | None:
-  """What cuDNN can't take on any GPU, by shapes and settings alone."""
-  given = [
-    name
-    for name, x in zip(extras._fields, extras, strict=True)
-    if x is not None and name != "dropout_key"
-  ]
-  if given:
-    return f"it does not take {', '.join(given)}"
-  if options.dropout_rate:
-    return f"it does not take dropout ({options.dropout_rate})"
-  if options.softcap is not None:
-    return f"it does not take softcap ({options.softcap})"
-  if options.return_lse:
-    return "its lse can't be differentiated"
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it takes bfloat16 and float16, not {q.dtype}"
-  if options.causal and q.shape[1] != k.shape[1]:
-    return (
-      f"its causal mask is aligned top-left, and {q.shape[1]} queries meet "
-      f"{k.shape[1]} keys"
+  rows, lists_heads = mask.lists.full_num.shape[:2]
+  if rows not in (1, b):
+    raise ValueError(f"a mask of batch {rows}, and the call's is {b}")
+  if lists_heads not in (1, n):
+    raise ValueError(
+      f"a mask of {lists_heads} heads, and the call has {n} query heads"
     )
-  if q.shape[1] % 2 or k.shape[1] % 2:
-    return (
-      f"its backward pass takes even lengths, not {q.shape[1]} queries and "
-      f"{k.shape[1]} keys"
-    )
-  if options.window is not None and not options.causal:
-    return f"it takes a window {options.window} with causal only"
-  d, dv, limit = q.shape[3], v.shape[3], 256 if hopper else 128
-  if d != dv:
-    return f"it takes values as wide as keys, not {dv} and {d}"
-  if d % 8 or d > limit:
-    return f"it takes head widths of 8, 16, ..., {limit}, not {d}"
-  return None
+  for name, xs, sizes in (
+    ("q", mask.q, ((1, b), (1, n), (t,))),
+    ("k", mask.k, ((1, b), (1, heads), (s,))),
+  ):
+    for x in xs:
+      _check_extra(f"the mask's {name} operand", x, sizes)
+
+
+def _implementation(name: str, module: str) -> Impl:
+  """`attend` and `refuse` of a module that is imported when first asked."""
+
+  def load():
+    try:
+      return importlib.import_module(module)
+    except ImportError as error:
+      raise NotImplementedError(
+        f"{name}: {module} can't be imported: {error}"
+      ) from error
+
+  def run(q, k, v, extras, *, options):
+    o, lse = load().attend(q, k, v, extras, options=options)
+    return (o, lse) if options.return_lse else o
+
+  def refuse(q, k, v, extras, *, options):
+    try:
+      ask = getattr(load(), "refuse", None)
+    except NotImplementedError as error:
+      return str(error)
+    return None if ask is None else ask(q, k, v, extras, options=options)
+
+  return Impl(name, run, refuse)
 
 
 #: `attention` behind its checks; `explain` reads its table.
 OP = Op(
   "attention",
-  (Impl("xla", _xla), Impl("cudnn", _cudnn, _refuse_cudnn)),
-  {"gpu": ("cudnn", "xla"), "cpu": ("xla",), "tpu": ("xla",)},
+  (
+    _implementation("mosaic", "isthmus.pallas.flash.mosaic"),
+    _implementation("cudnn", "isthmus.pallas.flash.cudnn"),
+    _implementation("chunked", "isthmus.pallas.flash.chunked"),
+    _implementation("xla", "isthmus.pallas.flash.ref"),
+  ),
+  {
+    "gpu": ("mosaic", "cudnn", "chunked"),
+    "cpu": ("chunked", "xla"),
+    "tpu": ("chunked",),
+  },
 )

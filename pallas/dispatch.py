@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 
 #: Every name an implementation may have, over all ops.
-NAMES = ("xla", "cudnn", "mosaic", "triton", "tpu")
+NAMES = ("xla", "chunked", "cudnn", "mosaic", "triton", "tpu")
 
 # A user context is part of the key of jit's cache. A ContextVar is not, and
 # would serve the trace that was made under another preference.

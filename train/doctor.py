@@ -91,6 +91,10 @@ def summary() -> Iterator[str]:
   yield from notices()
 
 
+# Implementations that XLA compiles by itself.
+_PLAIN = ("xla", "chunked")
+
+
 def notices() -> Iterator[str]:
   """A line for each op that has fast kernels, none of which runs here.
 
@@ -99,11 +103,11 @@ def notices() -> Iterator[str]:
     cpu: attention runs on XLA; the fast kernels need an NVIDIA GPU of sm_80...
   """
   rows = list(_rows())
-  fast = {row.op for row in rows if row.name != "xla"}
-  runs = {row.op for row in rows if row.name != "xla" and row.verdict == "runs"}
+  fast = [row for row in rows if row.name not in _PLAIN]
+  runs = {row.op for row in fast if row.verdict == "runs"}
   device = jax.local_devices()[0]
   needs = "" if _capability(device) else "an NVIDIA GPU of "
-  for op in sorted(fast - runs):
+  for op in sorted({row.op for row in fast} - runs):
     yield (
       f"{_name(device)}: {op} runs on XLA; the fast kernels need {needs}sm_80 "
       "or newer"

@@ -90,3 +90,32 @@ def wide_vjp(function, args, do, dlse):
     wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (*args, do, dlse)]
     out = vjp(function, wide[:-2], *wide[-2:])
     return jax.tree.map(np.asarray, out)
+
+
+def inputs(b, t, s, n, k, d, dv=None, dtype=jnp.float32, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 5)
+  dv = dv or d
+  shapes = [(b, t, n, d), (b, s, k, d), (b, s, k, dv), (b, t, n, dv)]
+  q, key, v, do = (
+    jax.random.normal(one, shape).astype(dtype)
+    for one, shape in zip(keys, shapes, strict=False)
+  )
+  return q, key, v, do, jax.random.normal(keys[4], (b, n, t))
+
+
+def close(ours, wide, naive, factor, slack):
+  """max |ours - wide| <= factor max |naive - wide| + slack."""
+  ours, naive = (np.asarray(x, np.float64) for x in (ours, naive))
+  finite = np.isfinite(wide)
+  np.testing.assert_array_equal(np.isneginf(ours), ~finite)
+  ours, naive, wide = ours[finite], naive[finite], wide[finite]
+  error = np.max(np.abs(ours - wide), initial=0)
+  allowed = np.max(np.abs(naive - wide), initial=0)
+  assert error <= factor * allowed + slack, (error, allowed)
+
+
+def check(ours, wide, naive, slack):
+  for mine, exact, low in zip(ours[0], wide[0], naive[0], strict=True):
+    close(mine, exact, low, 2, slack)
+  for mine, exact, low in zip(ours[1], wide[1], naive[1], strict=True):
+    close(mine, exact, low, 3, slack)
