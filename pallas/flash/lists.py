@@ -19,8 +19,8 @@ class Lists:
   """Key blocks of each query block, by batch row and query head.
 
   A count above its list's capacity says that entries were dropped: the rows
-  of that query block are NaN, in outputs and gradients. Entries past the count repeat a valid
-  index, so that they can be loaded and ignored.
+  of that query block are NaN, in outputs and gradients. Entries past the
+  count repeat a valid index, so that they can be loaded and ignored.
 
   Attributes:
     full_num: int32 [b|1, n|1, qb], blocks that are seen whole.
@@ -28,6 +28,12 @@ class Lists:
     partial_num: int32 [b|1, n|1, qb], or None if no block is partial.
     partial: int32 [b|1, n|1, qb, capacity], or None.
     block: (bq, bk), tokens of a query block and of a key block; static.
+
+  Example:
+    >>> blocks = jnp.array([[[[True, False], [True, True]]]])
+    >>> lists = listed(blocks, block=(128, 128))
+    >>> lists.full_num.tolist(), lists.full.tolist()
+    ([[[1, 2]]], [[[[0, 0], [0, 1]]]])
   """
 
   full_num: Any
@@ -35,6 +41,39 @@ class Lists:
   partial_num: Any
   partial: Any
   block: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+
+def listed(
+  full: Bool[Array, "#b #n qb kb"],
+  partial: Bool[Array, "#b #n qb kb"] | None = None,
+  *,
+  block: tuple[int, int],
+  capacity: int | tuple[int, int] | None = None,
+) -> Lists:
+  """Lists of the blocks that are True.
+
+  Args:
+    full: which blocks are seen whole.
+    partial: which others are seen in part; None if none is.
+    block: (bq, bk), tokens of a query block and of a key block.
+    capacity: places of each list, or those of (full, partial); default kb.
+      A row with more blocks keeps the first ones and its whole count, which
+      marks it.
+
+  Example:
+    >>> full = jnp.array([[[[True, True, False]]]])
+    >>> lists = listed(full, ~full, block=(64, 64), capacity=1)
+    >>> lists.full_num.tolist(), lists.full.tolist()
+    ([[[2]]], [[[[0]]]])
+    >>> lists.partial_num.tolist(), lists.partial.tolist()
+    ([[[1]]], [[[[2]]]])
+  """
+  sizes = capacity if isinstance(capacity, tuple) else (capacity, capacity)
+  if partial is None:
+    return Lists(*compact(full, sizes[0]), None, None, block)
+  full, partial = jnp.broadcast_arrays(full, partial)
+  full_num, full = compact(full, sizes[0])
+  return Lists(full_num, full, *compact(partial, sizes[1]), block)
 
 
 def compact(
@@ -48,7 +87,7 @@ def compact(
     ([2], [[1, 2, 2, 2]])
   """
   size = seen.shape[-1]
-  capacity = size if capacity is None else capacity
+  capacity = size if capacity is None else min(capacity, size)
   num = jnp.sum(seen, axis=-1, dtype=jnp.int32)
   index = jnp.where(seen, jnp.arange(size, dtype=jnp.int32), size)
   index = jnp.sort(index, axis=-1)[..., :capacity]
@@ -58,3 +97,98 @@ def compact(
   # A row without blocks points at block 0.
   last = jnp.where(num[..., None] > 0, last, 0)
   return num, jnp.where(index < size, index, last)
+
+
+def to_blocks(
+  lists: Lists, kb: int
+) -> tuple[Bool[Array, "#b #n qb kb"], Bool[Array, "#b #n qb kb"] | None]:
+  """(full, partial) as block masks; what overflowed is not in them.
+
+  Args:
+    lists: lists over kb blocks.
+    kb: number of key blocks.
+
+  Returns:
+    bool [b|1, n|1, qb, kb]; the second is None if no block is partial.
+
+  Example:
+    >>> full = jnp.array([[[[True, False, True]]]])
+    >>> to_blocks(listed(full, block=(64, 64)), 3)[0].tolist()
+    [[[[True, False, True]]]]
+  """
+  full = _spread(lists.full_num, lists.full, kb)
+  if lists.partial is None:
+    return full, None
+  return full, _spread(lists.partial_num, lists.partial, kb)
+
+
+def transpose(lists: Lists, kb: int) -> Lists:
+  """The query blocks that list each key block.
+
+  The result has rows of key blocks, entries that are query blocks, and a
+  capacity of qb, so it never overflows. A query block that overflowed stands
+  where its kept entries say; its lse is NaN, and so is every gradient that a
+  kernel computes with it.
+
+  Example:
+    >>> full = jnp.array([[[[True, False], [True, True]]]])
+    >>> turned = transpose(listed(full, block=(64, 128)), 2)
+    >>> turned.full_num.tolist(), turned.full.tolist(), turned.block
+    ([[[2, 1]]], [[[[0, 1], [1, 1]]]], (128, 64))
+  """
+  full, partial = to_blocks(lists, kb)
+  return listed(
+    jnp.swapaxes(full, -1, -2),
+    None if partial is None else jnp.swapaxes(partial, -1, -2),
+    block=(lists.block[1], lists.block[0]),
+  )
+
+
+def dropped(lists: Lists) -> Int32[Array, "#b #n qb"]:
+  """How many blocks of each query block found no place.
+
+  Example:
+    >>> full = jnp.array([[[[True, True, True], [False, True, False]]]])
+    >>> dropped(listed(full, block=(64, 64), capacity=1)).tolist()
+    [[[2, 0]]]
+  """
+  lost = jnp.maximum(lists.full_num - lists.full.shape[-1], 0)
+  if lists.partial is None:
+    return lost
+  return lost + jnp.maximum(lists.partial_num - lists.partial.shape[-1], 0)
+
+
+def overflowed(lists: Lists) -> Bool[Array, "#b #n qb"]:
+  """Which query blocks are NaN, because a list of theirs was too short.
+
+  Example:
+    >>> full = jnp.array([[[[True, True, True], [False, True, False]]]])
+    >>> overflowed(listed(full, block=(64, 64), capacity=1)).tolist()
+    [[[True, False]]]
+  """
+  return dropped(lists) > 0
+
+
+def _spread(num, index, kb):
+  """Where each row's first `num` entries, which ascend, point.
+
+  A search in each row, not a scatter: it reads in order, and it is split over
+  devices as any elementwise operation is.
+  """
+  capacity = index.shape[-1]
+  num = jnp.minimum(num, capacity)[..., None]
+  wanted = jnp.arange(kb, dtype=jnp.int32)
+  below = jnp.zeros((*index.shape[:-1], kb), jnp.int32)
+  step = 1 << max(capacity.bit_length() - 1, 0)
+  while step:
+    # How many entries are below `wanted`, one binary digit at a time.
+    more = below + step
+    entry = jnp.take_along_axis(
+      index, jnp.minimum(more, capacity) - 1, axis=-1, mode="clip"
+    )
+    below = jnp.where((more <= num) & (entry < wanted), more, below)
+    step //= 2
+  entry = jnp.take_along_axis(
+    index, jnp.minimum(below, capacity - 1), axis=-1, mode="clip"
+  )
+  return (below < num) & (entry == wanted)

@@ -247,7 +247,7 @@ class BlockDiagonal:
 
 @dataclasses.dataclass(frozen=True)
 class Strided:
-  """`(i + offset - j) mod stride < width`: every stride-th key, before or after.
+  """`(i + offset - j) mod stride < width`: each stride-th key.
 
   Example:
     >>> i, j = jnp.arange(4)[:, None], jnp.arange(4)
