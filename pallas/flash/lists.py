@@ -49,6 +49,7 @@ def listed(
   *,
   block: tuple[int, int],
   capacity: int | tuple[int, int] | None = None,
+  lost: Int32[Array, "#b #n qb"] | None = None,
 ) -> Lists:
   """Lists of the blocks that are True.
 
@@ -59,6 +60,7 @@ def listed(
     capacity: places of each list, or those of (full, partial); default kb.
       A row with more blocks keeps the first ones and its whole count, which
       marks it.
+    lost: how many blocks were dropped before; rows that lost one are marked.
 
   Example:
     >>> full = jnp.array([[[[True, True, False]]]])
@@ -69,11 +71,14 @@ def listed(
     ([[[1]]], [[[[2]]]])
   """
   sizes = capacity if isinstance(capacity, tuple) else (capacity, capacity)
+  if partial is not None:
+    full, partial = jnp.broadcast_arrays(full, partial)
+  num, index = compact(full, sizes[0])
+  if lost is not None:
+    num = jnp.where(lost > 0, index.shape[-1] + lost, num)
   if partial is None:
-    return Lists(*compact(full, sizes[0]), None, None, block)
-  full, partial = jnp.broadcast_arrays(full, partial)
-  full_num, full = compact(full, sizes[0])
-  return Lists(full_num, full, *compact(partial, sizes[1]), block)
+    return Lists(num, index, None, None, block)
+  return Lists(num, index, *compact(partial, sizes[1]), block)
 
 
 def compact(

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from isthmus.pallas.flash.lists import Lists, dropped, listed, to_blocks
-from isthmus.pallas.flash.predicate import Operands, Predicate, Range
+from isthmus.pallas.flash.predicate import (
+  Band,
+  BlockDiagonal,
+  Both,
+  Either,
+  Operands,
+  Predicate,
+  Range,
+)
 
 
 def ranges(x: Int32[Array, "*lead t"], block: int) -> Range:
@@ -80,6 +88,46 @@ def classify(
   return some, every
 
 
+def most(
+  predicate: Predicate | None, block: tuple[int, int], kb: int
+) -> tuple[int, int]:
+  """The most (full, partial) tiles that a row of kb can have.
+
+  Args:
+    predicate: the element mask; None shows everything.
+    block: (bq, bk), tokens of a tile.
+    kb: number of key tiles.
+
+  Example:
+    >>> from isthmus.pallas.flash.predicate import Band
+    >>> most(Band(None, 0), (128, 128), 1024)  # causal
+    (1024, 2)
+    >>> most(Band(256, 0), (128, 128), 1024)  # and 256 keys back
+    (4, 4)
+  """
+  full, partial = kb, kb
+  if predicate is None:
+    partial = 0
+  elif isinstance(predicate, Band):
+    ends = [x for x in (predicate.left, predicate.right) if x is not None]
+    # From query to query an end moves by one key: bq - 1 in a tile.
+    partial = len(ends) * _touched(block[0] - 1, block[1])
+    if len(ends) == 2:
+      full = _touched(block[0] + max(sum(ends), 0), block[1])
+      partial = min(partial, full)
+  elif isinstance(predicate, BlockDiagonal):
+    size = predicate.size
+    full = partial = _touched(_touched(block[0], size) * size, block[1])
+  elif isinstance(predicate, Both | Either):
+    a = most(predicate.a, block, kb)
+    b = most(predicate.b, block, kb)
+    if isinstance(predicate, Both):
+      full, partial = min(a[0], b[0]), min(sum(a), sum(b), a[1] + b[1])
+    else:
+      full, partial = a[0] + b[0], a[1] + b[1]
+  return min(full, kb), min(partial, kb)
+
+
 def tiles(
   lists: Lists | None,
   predicate: Predicate | None,
@@ -111,7 +159,8 @@ def tiles(
     num_heads: n, needed where an operand by key has several heads.
     mask_end: whether the kernel looks at s only where it tests elements; then
       a last tile that s cuts short is never full.
-    capacity: places of each list, where lists is None; default every tile.
+    capacity: places of each list, where lists is None; default as many as
+      the predicate may need.
 
   Raises:
     ValueError: blocks that are not multiples of the tile, or lists of other
@@ -132,7 +181,9 @@ def tiles(
   if lists is None:
     some, full = classify(predicate, q, k, **ask)
     partial = None if predicate is None else some & ~full
-    lost, sizes = None, (capacity or kb, capacity or kb)
+    lost, sizes = None, most(predicate, block, kb)
+    if capacity is not None:
+      sizes = (min(sizes[0], capacity), min(sizes[1], capacity))
   else:
     times = _times(lists, block, t)
     if times == (1, 1) and not cut:
@@ -152,7 +203,7 @@ def tiles(
     full, ends = full & ~end, full & end
     partial = ends if partial is None else partial | ends
     sizes = (sizes[0], sizes[1] + 1)
-  return _marked(full, partial, lost, block, sizes)
+  return _listed(full, partial, lost, block, sizes)
 
 
 def restrict(
@@ -202,19 +253,20 @@ def restrict(
   if partial is not None:
     tested = tested | (partial & some)
   sizes = _capacities(lists, 1)
-  sizes = (sizes[0], sizes[0] + sizes[1])
-  return _marked(full & every, tested, dropped(lists), lists.block, sizes)
+  more = most(predicate, lists.block, full.shape[-1])[1]
+  sizes = (sizes[0], min(sizes[0], more) + sizes[1])
+  return _listed(full & every, tested, dropped(lists), lists.block, sizes)
 
 
-def _marked(full, partial, lost, block, sizes):
-  """Lists whose rows that lost blocks before count as overflowed again."""
+def _listed(full, partial, lost, block, sizes):
   kb = full.shape[-1]
-  sizes = (min(sizes[0], kb), min(max(sizes[1], 1), kb))
-  found = listed(full, partial, block=block, capacity=sizes)
-  if lost is None:
-    return found
-  num = jnp.where(lost > 0, sizes[0] + lost, found.full_num)
-  return Lists(num, found.full, found.partial_num, found.partial, block)
+  sizes = min(max(sizes[0], 1), kb), min(max(sizes[1], 1), kb)
+  return listed(full, partial, block=block, capacity=sizes, lost=lost)
+
+
+def _touched(size, block):
+  """The most blocks that `size` tokens in a row can touch."""
+  return -(-(size - 1) // block) + 1
 
 
 def _indices(size, block):

@@ -341,6 +341,29 @@ class Either:
     return some | some2, every | every2
 
 
+def both(a: Predicate | None, b: Predicate | None) -> Predicate | None:
+  """`Both(a, b)`, in fewer words where there are; None shows every key.
+
+  Example:
+    >>> both(Band(None, 0), Band(8, 8))
+    Band(left=8, right=0, offset=0)
+  """
+  if a is None or b is None:
+    return b if a is None else a
+  if a == b and a.operands == (0, 0):
+    return a
+  if isinstance(a, Band) and isinstance(b, Band):
+    shift = b.offset - a.offset
+    left = [x for x in (a.left, _plus(b.left, -shift)) if x is not None]
+    right = [x for x in (a.right, _plus(b.right, shift)) if x is not None]
+    return Band(min(left, default=None), min(right, default=None), a.offset)
+  return Both(a, b)
+
+
+def _plus(x, by):
+  return None if x is None else x + by
+
+
 def _whole(i, j):
   """True, in the broadcast shape."""
   return (i == i) & (j == j)
