@@ -1,0 +1,67 @@
+"""The command from end to end, at sizes for a CPU."""
+
+import json
+
+import pytest
+
+from isthmus.attention.bench import cli
+from isthmus.attention.bench.case import SPARSE, must
+
+SMALL = [
+  *("--lengths", "256", "--dims", "16", "--hidden", "32", "--tokens", "256"),
+  "--quick",
+]
+
+
+def test_a_run_leaves_table_json_and_plot(tmp_path, capsys):
+  out = tmp_path / "found"
+  command = [*SMALL, "--cases", "causal,sparse8", "--passes", "fwd"]
+  assert cli.main([*command, "--peers", "xla,cudnn", "--out", str(out)]) == 0
+  said = capsys.readouterr().out
+  assert said.startswith("cpu (cpu), jax ")
+  assert "no GPU here: these times say nothing about the GPU kernels" in said
+  assert said.count("not measured: cudnn: it needs an NVIDIA GPU") == 1
+  assert "mask build, sparse 1/8 B1 S256 H2 D16: " in said
+  assert "% of copying's rate" in said
+  found = json.loads((out / "bench.json").read_text())
+  rows = {r["case"]["mask"]: r for r in found["rows"] if r["ours"]}
+  assert set(rows) == {"causal", "sparse8"}
+  assert all(list(r["speed_over"]) == ["xla"] for r in rows.values())
+  assert found["mask_builds"][0]["share_of_causal_forward"] > 0
+  assert found["decode"] and found["machine"]["platform"] == "cpu"
+  assert (out / "bench.png").stat().st_size > 1000
+
+
+def test_an_implementation_that_refuses_fails_the_run(capsys):
+  """And those that run beside it are shown."""
+  command = [*SMALL, "--cases", "causal", "--passes", "fwd", "--no-decode"]
+  assert cli.main([*command, "--impls", "cudnn"]) == 1
+  said = capsys.readouterr().out
+  assert "not measured: isthmus cudnn, causal B1 S256 H2 D16 fwd: " in said
+
+
+@pytest.mark.parametrize(
+  "option, said",
+  [
+    ("--cases=sparse4", "case 'sparse4'; there are dense, causal"),
+    ("--passes=backward", "pass 'backward'; there are fwd, bwd, fwd+bwd"),
+    ("--peers=fa3", "peer 'fa3'; there are cudnn, "),
+    ("--dims=48", "2048 channels don't split into heads of 48"),
+    ("--impls=mosaik", "mosaik"),
+  ],
+)
+def test_what_is_not_there_is_one_line(option, said, capsys):
+  with pytest.raises(SystemExit) as error:
+    cli.main([option])
+  assert error.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert said in line
+
+
+def test_must_can_be_narrowed():
+  def cases(*options):
+    return cli._cases(cli._parser().parse_args(["--must", *options]))
+
+  assert cases() == must()
+  assert {c.mask for c in cases("--sparse")} == set(SPARSE)
+  assert {c.mask for c in cases("--cases", "causal")} == {"causal"}
