@@ -37,9 +37,11 @@ def attend(
   options: Options,
 ) -> tuple[Float[Array, "b t n dv"], Float[Array, "b n t"]]:
   """(o, lse) of `isthmus.attention.attention`, whose checks are done."""
-  width, value_width = q.shape[3], v.shape[3]
-  q, k = (_widen(x, _width(width)) for x in (q, k))
-  v = _widen(v, _width(value_width))
+  value_width = v.shape[3]
+  width, wide = _width(q.shape[3]), _width(value_width)
+  if max(width, wide) > 128:  # one buffer serves queries, then outputs
+    width = wide = max(width, wide)
+  q, k, v = _widen(q, width), _widen(k, width), _widen(v, wide)
   sinks, rest = extras.sinks, extras._replace(sinks=None)
   o, lse = _attend(options, q, k, v, sinks, rest)
   return o[..., :value_width], lse
@@ -97,8 +99,8 @@ def _attend(options, q, k, v, sinks, extras):
   k, v = _clean_keys(options, q, k, v, extras)
   plan = _plan(options, q, k, extras, sinks)
   config = configs(q.shape[3], v.shape[3]).forward
-  o, lse = forward(q, k, v, plan, options, config)
-  return o, lse[..., : q.shape[1]]
+  o, lse = forward(*(_even(x) for x in (q, k, v)), plan, options, config)
+  return o[:, : q.shape[1]], lse[..., : q.shape[1]]
 
 
 def _forward(options, q, k, v, sinks, extras):
@@ -130,12 +132,12 @@ def _backward(options, residuals, cotangents):
   short = [(0, 0), (0, 0), (0, -t % BLOCK)]
   lse2 = jnp.where(empty, jnp.inf, lse * _LOG2E)
   lse2 = jnp.pad(lse2, short, constant_values=jnp.inf)
-  arrays = (q, k, v, do, lse2, jnp.pad(delta, short))
-
   plan = _plan(options, q, k, extras, None)
+  turned = _transposed(plan, k.shape[2])
+  arrays = (*(_even(x) for x in (q, k, v, do)), lse2, jnp.pad(delta, short))
   dq = backward_queries(*arrays, plan, options, config.queries)
-  plan = _transposed(plan, k.shape[1], k.shape[2])
-  dk, dv = backward_keys(*arrays, plan, options, config.keys)
+  dk, dv = backward_keys(*arrays, turned, options, config.keys)
+  dq, dk, dv = dq[:, :t], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
   dsinks = None
   if sinks is not None:
     share = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
@@ -158,7 +160,7 @@ def _plan(options, q, k, extras, sinks):
   if extras.lists is None and (
     predicate is None or isinstance(predicate, Band)
   ):
-    return Plan(band=predicate or Band(None, None), sinks=sinks)
+    return Plan((t, s), band=predicate or Band(None, None), sinks=sinks)
   lists = planning.tiles(
     extras.lists,
     predicate,
@@ -170,6 +172,7 @@ def _plan(options, q, k, extras, sinks):
     num_heads=q.shape[2],
   )
   return Plan(
+    (t, s),
     lists=lists,
     order=_order(_work(lists)),
     q=tuple(_whole(x) for x in extras.q),
@@ -178,18 +181,20 @@ def _plan(options, q, k, extras, sinks):
   )
 
 
-def _transposed(plan, s, heads):
+def _transposed(plan, heads):
   """How key tiles walk along query tiles."""
   from isthmus.pallas.flash.mosaic_backward import transposed
   from isthmus.pallas.flash.tile import Plan
 
   if plan.lists is None:
-    return Plan(band=transposed(plan.band))
-  lists = listing.transpose(plan.lists, -(-s // BLOCK))
+    return Plan(plan.lengths, band=transposed(plan.band))
+  lists = listing.transpose(plan.lists, -(-plan.lengths[1] // BLOCK))
   work = _work(lists)
   if work.shape[1] > 1:  # a kv head walks for all its query heads
     work = work.reshape(work.shape[0], heads, -1, work.shape[2]).sum(axis=2)
-  return Plan(lists=lists, order=_order(work), q=plan.q, k=plan.k)
+  return Plan(
+    plan.lengths, lists=lists, order=_order(work), q=plan.q, k=plan.k
+  )
 
 
 def _work(lists):
@@ -230,6 +235,12 @@ def _clean_keys(options, q, k, v, extras):
 def _whole(x: Any) -> Any:
   """Operands padded to whole tiles; masks of lengths hide what is added."""
   return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % BLOCK)])
+
+
+def _even(x):
+  """Tokens padded to a multiple of 8, the rows that TMA copies at once."""
+  short = -x.shape[1] % 8
+  return jnp.pad(x, [(0, 0), (0, short), (0, 0), (0, 0)]) if short else x
 
 
 def _width(width: int) -> int:

@@ -63,14 +63,15 @@ def backward_queries(q, k, v, do, lse, delta, plan, options, config):
   """dq, of q's shape.
 
   Args:
-    q, k, v, do: widths are multiples of 64.
+    q, k, v, do: widths are multiples of 64, lengths of 8.
     lse: float32 [b n t'], to base 2; inf for rows that pass nothing on.
     delta: float32 [b n t'], `rowsum(do o) - dlse`.
     plan: a `Plan` of key tiles for query tiles.
     options: see `isthmus.pallas.flash.api`.
     config: a `BackwardConfig`.
   """
-  (b, t, n, d), (s, heads), dv = q.shape, k.shape[1:3], v.shape[3]
+  (b, _, n, d), heads, dv = q.shape, k.shape[2], v.shape[3]
+  t, s = plan.lengths
   group, dtype = n // heads, q.dtype
   block, stages = config.block, config.stages
   tiles, split = pl.cdiv(t, BLOCK), BLOCK // block
@@ -207,7 +208,8 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
     plan: a `Plan` of query tiles for key tiles; its band is transposed.
     q, k, v, do, lse, delta, options, config: as in `backward_queries`.
   """
-  (b, t, n, d), (s, heads), dv = q.shape, k.shape[1:3], v.shape[3]
+  (b, _, n, d), heads, dv = q.shape, k.shape[2], v.shape[3]
+  t, s = plan.lengths
   group, dtype = n // heads, q.dtype
   block, stages = config.block, config.stages
   tiles, split = pl.cdiv(s, BLOCK), BLOCK // block

@@ -55,12 +55,13 @@ def forward(q, k, v, plan, options, config):
   """o [b t n dv], and lse [b n t'] with t' a whole number of tiles.
 
   Args:
-    q, k, v: widths are multiples of 64.
+    q, k, v: widths are multiples of 64, lengths of 8.
     plan: a `Plan`.
     options: see `isthmus.pallas.flash.api`.
     config: a `ForwardConfig`.
   """
-  (b, t, n, d), (s, heads), dv = q.shape, k.shape[1:3], v.shape[3]
+  (b, _, n, d), heads, dv = q.shape, k.shape[2], v.shape[3]
+  t, s = plan.lengths
   group, dtype = n // heads, q.dtype
   block_k, stages = config.block_k, config.stages
   tiles, split = pl.cdiv(t, BLOCK), BLOCK // block_k
@@ -96,7 +97,8 @@ def forward(q, k, v, plan, options, config):
     @pl.when(wg < GROUPS)
     def _compute():
       plgpu.set_max_registers(240, action="increase")
-      q_smem, o_smem = q_smem2.at[wg], o_smem2.at[wg]
+      q_smem = q_smem2.at[wg]
+      o_smem = q_smem if d == dv else o_smem2.at[wg]
       lse_smem = lse_smem2.at[wg]
       base = row * BLOCK + wg * ROWS
       rows = (batch, pl.ds(base, ROWS), head)
@@ -217,14 +219,14 @@ def forward(q, k, v, plan, options, config):
     (q, k, v),
     plan,
     out_type=(
-      jax.ShapeDtypeStruct((b, t, n, dv), dtype),
+      jax.ShapeDtypeStruct((*q.shape[:3], dv), dtype),
       jax.ShapeDtypeStruct((b, n, tiles * BLOCK), jnp.float32),
     ),
     scratch=(
       tiled((GROUPS, ROWS, d), dtype),
       tiled((stages, block_k, d), dtype),
       tiled((stages, block_k, dv), dtype),
-      tiled((GROUPS, ROWS, dv), dtype),
+      tiled((GROUPS, ROWS, dv), dtype) if d != dv else (),
       plgpu.SMEM((GROUPS, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=GROUPS),
       plgpu.Barrier(num_barriers=stages),

@@ -25,6 +25,7 @@ class Plan:
   """How a kernel walks, and the arrays it walks along.
 
   Attributes:
+    lengths: (t, s), queries and keys that count; arrays may be longer.
     band: what is seen, where there are no lists.
     lists: `Lists` of tiles of BLOCK x BLOCK, or None.
     order: int32 [b|1, n|1, rows], the rows of tiles by falling work, or None.
@@ -32,6 +33,7 @@ class Plan:
     sinks: float32 [n], or None.
   """
 
+  lengths: tuple[int, int]
   band: Band = Band(None, None)
   lists: Any = None
   order: Any = None
