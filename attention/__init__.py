@@ -1,4 +1,4 @@
-"""Attention over chosen blocks: mechanisms and caches. Knows no parameters."""
+"""Attention over chosen blocks: mechanisms, caches, and their projections."""
 
 # Imported from a checkout as plain `attention`:
 if __name__ != "isthmus.attention":
@@ -9,14 +9,19 @@ else:
   from importlib.metadata import version
 
   from isthmus.attention.cache import KVCache
+  from isthmus.attention.decode import decode, decode_step
   from isthmus.attention.mask import EMPTY
+  from isthmus.attention.module import Attention
   from isthmus.attention.sdpa import attention, explain, report, save_attention
 
   __version__ = version("isthmus")
   __all__ = [
     "EMPTY",
+    "Attention",
     "KVCache",
     "attention",
+    "decode",
+    "decode_step",
     "explain",
     "report",
     "save_attention",

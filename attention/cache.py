@@ -79,7 +79,7 @@ class KVCache:
       k: new keys.
       v: new values.
       positions: theirs, by default length, length + 1, ...; EMPTY marks
-        padding: it takes a slot and is never seen.
+        padding: it takes a slot, holds 0 there and is never seen.
 
     Returns:
       The new cache. Past the capacity, what `length` can only say at run
@@ -99,9 +99,11 @@ class KVCache:
     if positions is None:
       positions = (self.length + jnp.arange(t, dtype=jnp.int32))[None]
     fits = self.length + t <= s
+    padding = (positions == EMPTY)[..., None, None]
 
     def put(buffer, new):
-      new = jnp.where(fits, new.astype(buffer.dtype), jnp.nan)
+      new = jnp.where(padding, 0, new.astype(buffer.dtype))
+      new = jnp.where(fits, new, jnp.nan)
       start = (0, self.length, 0, 0)
       return jax.lax.dynamic_update_slice(buffer, new, start)
 

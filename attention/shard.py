@@ -115,7 +115,8 @@ def sharded(
   labels: tuple[Any, ...],
   out: Any,
   *,
-  axes: Axes,
+  sizes: tuple[int, int, int],
+  shard_axes: Any = None,
 ) -> Any:
   """`function(*arrays)`, run by every device on its rows and heads.
 
@@ -126,15 +127,18 @@ def sharded(
     labels: a prefix of that tree; each leaf spells an array's first axes: `b`
       batch, `h` heads, `.` any other. An axis of size 1 is copied.
     out: the same for what is returned.
-    axes: of `choose`; without any, this is the plain call.
+    sizes: (batch rows, query heads, kv heads).
+    shard_axes: see `choose`; where it divides nothing, this is the plain call.
 
   Example:
     >>> def scale(x, factor):
     ...   return x * factor
-    >>> x = jnp.ones((4, 3, 2))
-    >>> sharded(scale, (x, 2.0), ("b.h", ""), "b.h", axes=Axes()).shape
+    >>> call = (scale, (jnp.ones((4, 3, 2)), 2.0), ("b.h", ""), "b.h")
+    >>> sharded(*call, sizes=(4, 2, 2)).shape
     (4, 3, 2)
   """
+  checked = any(_varying(x) for x in jax.tree.leaves(arrays))
+  axes = choose(*sizes, shard_axes, checked=checked)
   if not (axes.rows or axes.heads):
     return function(*_alike(arrays))
   mesh = jax.sharding.get_abstract_mesh()
@@ -153,8 +157,7 @@ def sharded(
     function,
     in_specs=in_specs,
     out_specs=jax.tree.map(lambda label: _spec(label, axes), out),
-    axis_names={n for n in mesh.axis_names if n not in left}
-    - set(mesh.manual_axes),
+    axis_names=set(mesh.axis_names) - left - set(mesh.manual_axes),
     # Kernels don't say how their results vary. Every axis divides a result,
     # so that there is nothing to check.
     check_vma=False,
@@ -191,29 +194,28 @@ def attend_sharded(
     ((2, 4, 2, 8), (2, 2, 4))
   """
   (b, _, n, _), heads = q.shape, k.shape[2]
-  checked = any(_varying(x) for x in jax.tree.leaves((q, k, v, extras)))
-  axes = choose(b, n, heads, shard_axes, checked=checked)
+  if extras.dropout_key is not None:
+    indices = tuple(jnp.arange(size, dtype=jnp.int32) for size in (b, n))
+    extras = extras._replace(first=indices)
 
-  def local(q, k, v, extras, rows, heads):
-    if extras.dropout_key is not None:
+  def local(q, k, v, extras):
+    if extras.first is not None:
+      rows, heads = extras.first
       extras = extras._replace(first=jnp.stack([rows[0], heads[0]]))
     return function(q, k, v, extras)
 
-  if not (axes.rows or axes.heads):
-    return function(*_alike((q, k, v, extras)))
+  like = Extras(
+    lists="bh", q="bh", k="bh", sinks="h", dropout_key="", first=("b", "h")
+  )
+  if extras.first is None:
+    like = like._replace(first=None)
   return sharded(
     local,
-    (q, k, v, extras, *(jnp.arange(x, dtype=jnp.int32) for x in (b, n))),
-    (
-      "b.h",
-      "b.h",
-      "b.h",
-      Extras(lists="bh", q="bh", k="bh", sinks="h", dropout_key="", first=""),
-      "b",
-      "h",
-    ),
+    (q, k, v, extras),
+    ("b.h", "b.h", "b.h", like),
     out,
-    axes=axes,
+    sizes=(b, n, heads),
+    shard_axes=shard_axes,
   )
 
 

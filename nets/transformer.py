@@ -1,5 +1,6 @@
 """A decoder of pre-norm blocks: RoPE, grouped-query attention, SwiGLU."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,110 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from isthmus.attention.cache import KVCache
+from isthmus.attention.module import Attention, check_heads
 from isthmus.attention.sdpa import attention, save_attention
 from isthmus.nets.mlp import GatedMlp, fan_in
 from isthmus.nets.norm import RMSNorm
 from isthmus.nets.ops import embed_lookup, project
-from isthmus.nets.rotary import RopeScaling, Rotation, rope, rotation
+from isthmus.nets.rotary import RopeScaling, rope, rotation
 from isthmus.nets.stack import Stack, check_stack
-
-
-class Attention(nn.Module):
-  """Projections around one call of an attention mechanism.
-
-  `o(attend(rope(q(x)), rope(k(x)), v(x)))`, without biases; kernels are
-  `q` [m, n d], `k` and `v` [m, k d], `o` [n d, m].
-
-  Attributes:
-    num_heads: n, query heads.
-    num_kv_heads: k, of which n is a multiple.
-    head_dim: d.
-    attend: the mechanism, `isthmus.attention.attention` or one that takes the
-      same arguments; settings of its own are bound by `functools.partial`.
-    causal: queries see no later keys.
-    out_scale: factor on the initial standard deviation of `o`.
-    dtype: what is multiplied.
-    param_dtype: what is stored.
-
-  Example:
-    >>> layer = Attention(num_heads=4, num_kv_heads=2, head_dim=8)
-    >>> turn = rotation(jnp.arange(3)[None], head_dim=8)
-    >>> (y, aux), variables = layer.init_with_output(
-    ...   jax.random.key(0), jnp.ones((1, 3, 16)), turn=turn
-    ... )
-    >>> y.shape, variables["params"]["k"]["kernel"].shape
-    ((1, 3, 16), (16, 16))
-  """
-
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  attend: Callable[..., Any] = attention
-  causal: bool = True
-  out_scale: float = 1.0
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-
-  def __post_init__(self):
-    _check_heads(self.num_heads, self.num_kv_heads)
-    super().__post_init__()
-
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, "b t m"],
-    *,
-    turn: Rotation | None = None,
-    positions: Int[Array, "#b t"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
-    cache: KVCache | None = None,
-    train: bool = False,
-  ) -> tuple[Float[Array, "b t m"], dict[str, Any]]:
-    """Attends within x, or to a cache that x is first appended to.
-
-    Args:
-      x: activations.
-      turn: rotary angles, or None for none.
-      positions: of x in the cache; used with a cache only.
-      segment_ids: attention stays within equal ids; not with a cache.
-      cache: keys and values of the past.
-      train: unused here; part of the protocol of blocks.
-
-    Returns:
-      (y, aux); aux has `cache`, the longer one, if one was given.
-    """
-    if cache is not None and segment_ids is not None:
-      raise ValueError("segment_ids and a cache are not taken together")
-    b, t, width = x.shape
-    n, k, d = self.num_heads, self.num_kv_heads, self.head_dim
-    q = self._dense(n * d, "q")(x).reshape(b, t, n, d)
-    key = self._dense(k * d, "k")(x).reshape(b, t, k, d)
-    value = self._dense(k * d, "v")(x).reshape(b, t, k, d)
-    if turn is not None:
-      q, key = rope(q, turn), rope(key, turn)
-    aux, extra = {}, {}
-    if segment_ids is not None:
-      extra["segment_ids"] = segment_ids
-    if cache is not None:
-      if positions is None:
-        positions = (cache.length + jnp.arange(t, dtype=jnp.int32))[None]
-      cache = cache.append(key, value, positions=positions)
-      key, value = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-      extra["q_positions"] = positions[:, None]
-      extra["kv_positions"] = cache.positions[:, None]
-      aux["cache"] = cache
-    o = self.attend(q, key, value, causal=self.causal, **extra)
-    return self._dense(width, "o", self.out_scale)(o.reshape(b, t, n * d)), aux
-
-  def _dense(self, features: int, name: str, scale: float = 1.0) -> nn.Dense:
-    return nn.Dense(
-      features,
-      use_bias=False,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      kernel_init=fan_in(scale),
-      name=name,
-    )
 
 
 class Block(nn.Module):
@@ -236,7 +140,7 @@ class Decoder(nn.Module):
         f"width {self.width} is not a multiple of num_heads {self.num_heads}"
       )
     _, kv_heads, head_dim, hidden = self.sizes
-    _check_heads(self.num_heads, kv_heads)
+    check_heads(self.num_heads, kv_heads)
     if head_dim < 2 or head_dim % 2:
       raise ValueError(f"head_dim is {head_dim}; rotary positions pair it up")
     if hidden < 1:
@@ -318,7 +222,8 @@ class Decoder(nn.Module):
       theta=self.rope_theta,
       scaling=self.rope_scaling,
     )
-    shared = {"turn": turn, "train": train}
+    shared: dict[str, Any] = {"train": train}
+    shared["turn"] = functools.partial(rope, turn=turn)
     layers = {}
     if cache is not None:
       shared["positions"] = positions.astype(jnp.int32)
@@ -422,11 +327,4 @@ class Kernel(nn.Module):
   def __call__(self) -> Float[Array, "m v"]:
     return self.param(
       "kernel", fan_in(), (self.inputs, self.outputs), self.param_dtype
-    )
-
-
-def _check_heads(num_heads: int, num_kv_heads: int) -> None:
-  if num_kv_heads < 1 or num_heads % num_kv_heads:
-    raise ValueError(
-      f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}"
     )
