@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   parser = _parser()
   options = parser.parse_args(argv)
+  if options.show:
+    return _show(options.show, parser)
   try:
     cases = _cases(options)
     peers = _peers(options)
@@ -99,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("--quick", action="store_true", help="short rounds: rough figures")
   add("--no-decode", action="store_true", help="leave out the decode steps")
+  add(
+    "--show",
+    type=pathlib.Path,
+    metavar="JSON",
+    help="measure nothing: the tables of an earlier run, and its plot anew",
+  )
   add("--out", type=pathlib.Path, help="folder for bench.json, bench.png")
   return parser
 
@@ -251,8 +259,32 @@ def _decodes(options, clock, report) -> Iterator[Any]:
       yield Refusal.of(f"decode {batch} x {length}", error, ours=True)
 
 
+def _show(path, parser) -> int:
+  from isthmus.attention.bench.plot import plot
+  from isthmus.attention.bench.report import Report, markdown
+
+  try:
+    report = Report.read(path)
+  except (OSError, ValueError) as error:
+    parser.error(str(error))
+  print(report.where())
+  _tell(report)
+  print(f"\n{markdown(report)}")
+  if report.rows:
+    plot(report.rows, path.with_suffix(".png"), report.where())
+  return 0
+
+
 def _finish(options, report) -> None:
   from isthmus.attention.bench.plot import plot
+
+  _tell(report)
+  if options.out and report.rows:
+    plot(report.rows, options.out / "bench.png", report.where())
+    print(f"wrote bench.json and bench.png in {options.out}")
+
+
+def _tell(report) -> None:
   from isthmus.attention.bench.report import table
 
   print()
@@ -261,6 +293,3 @@ def _finish(options, report) -> None:
     print(line)
   for refusal in report.refusals:
     print(f"not measured: {refusal}")
-  if options.out and report.rows:
-    plot(report.rows, options.out / "bench.png", report.where())
-    print(f"wrote bench.json and bench.png in {options.out}")

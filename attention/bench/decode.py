@@ -5,9 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from isthmus.attention import KVCache
+from isthmus.attention import KVCache, decode
 from isthmus.attention.bench.clock import Clock, build, inputs
-from isthmus.attention.decode import decode
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from isthmus.attention.bench.decode import Decode
+from isthmus.attention.bench.case import Case
+from isthmus.attention.bench.decode import Decode, Step
 from isthmus.attention.bench.rows import Refusal, Row, ratios
 from isthmus.attention.bench.run import Build
 
@@ -67,6 +68,32 @@ class Report:
     part.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
     part.replace(path)
 
+  @classmethod
+  def read(cls, path: pathlib.Path) -> "Report":
+    """What `write` left at `path`.
+
+    Raises:
+      ValueError: it isn't such a file.
+
+    Example:
+      >>> path = pathlib.Path("bench.json")
+      >>> Report({"platform": "cpu"}, {}).write(path)
+      >>> Report.read(path).machine
+      {'platform': 'cpu'}
+    """
+    try:
+      found = json.loads(path.read_text())
+      return cls(
+        found["machine"],
+        found["settings"],
+        [_fields(Row, one) for one in found["rows"]],
+        [_fields(Refusal, one) for one in found["refusals"]],
+        [_fields(Build, one) for one in found["mask_builds"]],
+        [_fields(Decode, one) for one in found["decode"]],
+      )
+    except (KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+      raise ValueError(f"{path} is no bench.json: {error!r}") from error
+
   def where(self) -> str:
     """The hardware and versions, in a line."""
     m = self.machine
@@ -94,11 +121,20 @@ class Report:
         yield f"{row.who}, {where}: {row.note}"
 
 
+def _fields(kind, found: dict[str, Any]) -> Any:
+  """An object of a dataclass, of those keys that are its fields."""
+  given = {field.name: found[field.name] for field in dataclasses.fields(kind)}
+  if given.get("case") is not None:
+    given["case"] = Case(**given["case"])
+  if "step" in given:
+    given["step"] = Step(**given["step"])
+  return kind(**given)
+
+
 def table(report: Report, width: int = 150) -> str:
   """The rows as text: ours with their speed over each peer.
 
   Example:
-    >>> from isthmus.attention.bench.case import Case
     >>> case = Case("causal", 1, 8192, 16, 128)
     >>> rows = [Row("isthmus", True, case, "fwd", 1.0, peak_bytes=2**20)]
     >>> print(table(Report({}, {}, rows), width=80))
@@ -146,7 +182,6 @@ def ordered(rows: list[Row]) -> list[Row]:
   """By case, then pass, then ours before peers; else as they came.
 
   Example:
-    >>> from isthmus.attention.bench.case import Case
     >>> case = Case("causal", 1, 8192, 16, 128)
     >>> rows = [Row("cudnn", False, case, "fwd", 1.0)]
     >>> rows += [Row("isthmus", True, case, which, 1.0)
@@ -161,3 +196,51 @@ def ordered(rows: list[Row]) -> list[Row]:
     rows,
     key=lambda r: (cases.index(r.case), passes.index(r.which), not r.ours),
   )
+
+
+def markdown(report: Report) -> str:
+  """TF/s, a line for each case and pass, a column for each contender.
+
+  The fastest of a line is bold, whoever it is.
+
+  Example:
+    >>> case = Case("causal", 1, 8192, 16, 128)
+    >>> rows = [Row("isthmus", True, case, "fwd", 1.0)]
+    >>> rows += [Row("cudnn", False, case, "fwd", 0.9)]
+    >>> print(markdown(Report({}, {}, rows)))
+    | case | density | shape | pass | isthmus | cudnn |
+    |---|---|---|---|---|---|
+    | causal | 0.500 | B1 S8192 H16 D128 | fwd | 275 | **305** |
+  """
+  rows = ordered(report.rows)
+  names = list(dict.fromkeys(row.who for row in sorted(rows, key=_peer)))
+  head = ["case", "density", "shape", "pass", *names]
+  lines = [head, ["---"] * len(head)]
+  for case, which in dict.fromkeys((row.case, row.which) for row in rows):
+    found = {
+      row.who: row.tflops
+      for row in rows
+      if (row.case, row.which) == (case, which)
+    }
+    best = max(found.values())
+    texts = {
+      who: f"**{rate:.0f}**" if rate == best else f"{rate:.0f}"
+      for who, rate in found.items()
+    }
+    lines.append(
+      [
+        case.label,
+        f"{case.density:.3f}",
+        case.shape,
+        which,
+        *(texts.get(name, "") for name in names),
+      ]
+    )
+  rule = "|" + "|".join(lines[1]) + "|"
+  return "\n".join(
+    rule if line is lines[1] else f"| {' | '.join(line)} |" for line in lines
+  )
+
+
+def _peer(row: Row) -> bool:
+  return not row.ours

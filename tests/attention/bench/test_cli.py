@@ -30,6 +30,12 @@ def test_a_run_leaves_table_json_and_plot(tmp_path, capsys):
   assert found["mask_builds"][0]["share_of_causal_forward"] > 0
   assert found["decode"] and found["machine"]["platform"] == "cpu"
   assert (out / "bench.png").stat().st_size > 1000
+  (out / "bench.png").unlink()
+  assert cli.main(["--show", str(out / "bench.json")]) == 0
+  shown = capsys.readouterr().out
+  assert shown.partition("\n\n")[2].startswith(said.partition("\n\n")[2][:400])
+  assert "| causal | 0.500 | B1 S256 H2 D16 | fwd |" in shown
+  assert (out / "bench.png").stat().st_size > 1000
 
 
 def test_an_implementation_that_refuses_fails_the_run(capsys):
@@ -48,6 +54,7 @@ def test_an_implementation_that_refuses_fails_the_run(capsys):
     ("--peers=fa3", "peer 'fa3'; there are cudnn, "),
     ("--dims=48", "2048 channels don't split into heads of 48"),
     ("--impls=mosaik", "mosaik"),
+    ("--show=nothing.json", "nothing.json"),
   ],
 )
 def test_what_is_not_there_is_one_line(option, said, capsys):

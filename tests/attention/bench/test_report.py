@@ -1,9 +1,13 @@
 """The table and the JSON."""
 
+import dataclasses
 import json
 
+import pytest
+
 from isthmus.attention.bench.case import Case
-from isthmus.attention.bench.report import Report, table
+from isthmus.attention.bench.decode import Decode, Step
+from isthmus.attention.bench.report import Report, markdown, table
 from isthmus.attention.bench.rows import Refusal, Row
 from isthmus.attention.bench.run import Build
 
@@ -63,3 +67,25 @@ def test_lines_and_hardware_are_said():
   assert "no causal forward pass to compare with" in said
   assert "isthmus mosaic, sparse 1/8 B1 S8192 H16 D128 bwd: looks odd" in said
   assert _report().where().startswith("NVIDIA H100 80GB HBM3 (gpu), jax 0.11.2")
+
+
+def test_what_was_written_is_read_whole(tmp_path):
+  report, path = _report(), tmp_path / "bench.json"
+  report.decodes.append(Decode(Step(1, 64, 4, 2, 16), 0.5, 1.0))
+  report.write(path)
+  assert Report.read(path) == report
+  for text in ("{}", "[]", "x", '{"machine": {}, "settings": {}, "rows": [1]}'):
+    path.write_text(text)
+    with pytest.raises(ValueError, match="bench.json is no bench.json"):
+      Report.read(path)
+
+
+def test_the_fastest_is_marked_whoever_it_is():
+  first, _, *lines = markdown(_report()).splitlines()
+  assert first == "| case | density | shape | pass | isthmus mosaic | peer |"
+  rates = {(r.who, r.which): f"{r.tflops:.0f}" for r in ROWS}
+  forward = next(line for line in lines if "| fwd |" in line)
+  ours, peer = rates["isthmus mosaic", "fwd"], rates["peer", "fwd"]
+  assert forward.endswith(f"| fwd | **{ours}** | {peer} |")
+  slower = [dataclasses.replace(ROWS[2], ms=1.0), ROWS[0]]
+  assert f"| **{peer}** |" in markdown(Report(MACHINE, {}, slower))
