@@ -54,13 +54,11 @@ class BlockMask:
     exact: whether the predicate alone, asked everywhere, is the mask; static.
 
   Example:
-    >>> mask = BlockMask.causal(512) & BlockMask.segments(
-    ...   jnp.arange(512)[None] // 256
-    ... )
+    >>> mask = BlockMask.causal(256) & BlockMask.window((128, 0), 256)
     >>> mask
-    BlockMask(512 queries, 512 keys, blocks 128 x 128, batch 1, heads 1, ...
+    BlockMask(256 queries, 256 keys, blocks 128 x 128, batch 1, heads 1, ...
     >>> print(mask.density)
-    0.375
+    0.75
   """
 
   lists: Lists
@@ -133,13 +131,16 @@ class BlockMask:
     return BlockMask(lists, predicate=band, lengths=lengths)
 
   @staticmethod
-  def full(t: int, s: int | None = None, *, block: Block = _BLOCK):
+  def full(
+    t: int, s: int | None = None, *, block: Block = _BLOCK
+  ) -> "BlockMask":
     """Every key is seen.
 
     Example:
-      >>> print(BlockMask.full(256, 512).density)
+      >>> print(BlockMask.full(256).density)
       1.0
     """
+    s = t if s is None else s
     return _exact(None, (), (), t, s, block, None)
 
   @staticmethod
@@ -153,8 +154,8 @@ class BlockMask:
     """Keys up to the query's own.
 
     Example:
-      >>> print(BlockMask.causal(256, block=(64, 64)).density)
-      0.625
+      >>> print(BlockMask.causal(256).density)
+      0.75
     """
     s = t if s is None else s
     return _exact(Band(None, 0, s - t), (), (), t, s, block, capacity)
@@ -261,8 +262,8 @@ class BlockMask:
     """Keys of the query's own group of `size`.
 
     Example:
-      >>> print(BlockMask.block_diagonal(256, 1024).density)
-      0.25
+      >>> print(BlockMask.block_diagonal(128, 256).density)
+      0.5
     """
     if size < 1:
       raise ValueError(f"block_diagonal of size {size}; it must be 1 or more")
@@ -362,8 +363,12 @@ class BlockMask:
     Rows that overflowed show the blocks that found a place.
 
     Example:
-      >>> BlockMask.causal(3).to_dense()[0, 0].astype(int).tolist()
-      [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+      >>> mask = BlockMask.causal(4, block=(2, 2))
+      >>> print(mask.to_dense()[0, 0].astype(int))
+      [[1 0 0 0]
+       [1 1 0 0]
+       [1 1 1 0]
+       [1 1 1 1]]
     """
     t, s = self.lengths
     bq, bk = self.lists.block
@@ -399,9 +404,9 @@ class BlockMask:
       The axes.
 
     Example:
-      >>> ax = BlockMask.causal(1024).plot()
+      >>> ax = BlockMask.causal(256).plot()
       >>> ax.get_title()
-      'row 0, head 0: 0.562 of the blocks'
+      'row 0, head 0: 0.750 of the blocks'
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap

@@ -84,12 +84,14 @@ def conditions(
   left, right = check_window(window) or (None, None)
   right = 0 if causal else right
   bounded = left is not None or right is not None
-  found, q, k = [], [], []
+  found: list[Predicate] = []
+  q, k = [], []
   if kv_positions is not None or (bounded and q_positions is not None):
     p, j = positions(t, s, q_positions, kv_positions)
-    found, q, k = [Positions(left, right)], [p], [j]
+    found.append(Positions(left, right))
+    q, k = [p], [j]
   elif bounded:
-    found = [Band(left, right, s - t)]
+    found.append(Band(left, right, s - t))
   if segment_ids is not None and kv_segment_ids is not None:
     found.append(Segments())
     q.append(_ids("segment_ids", segment_ids))

@@ -6,6 +6,7 @@ in `partial` are tested element by element. Both are ascending.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -81,6 +82,7 @@ def listed(
   return Lists(num, index, *compact(partial, sizes[1]), block)
 
 
+@functools.partial(jax.jit, static_argnames="capacity", inline=True)
 def compact(
   seen: Bool[Array, "*lead kb"], capacity: int | None = None
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead capacity"]]:
@@ -174,6 +176,7 @@ def overflowed(lists: Lists) -> Bool[Array, "#b #n qb"]:
   return dropped(lists) > 0
 
 
+@functools.partial(jax.jit, static_argnames="kb", inline=True)
 def _spread(num, index, kb):
   """Where each row's first `num` entries, which ascend, point.
 

@@ -5,8 +5,10 @@ nothing of size t x s is built; it runs under jit, on traced operands and
 lists.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
@@ -39,6 +41,11 @@ def ranges(x: Int32[Array, "*lead t"], block: int) -> Range:
   return Range(x.min(axis=-1), x.max(axis=-1))
 
 
+_STATIC = ("predicate", "t", "s", "block", "num_heads")
+
+
+# Compiled as one where it is called outside of jit.
+@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
 def classify(
   predicate: Predicate | None,
   q: Operands,
