@@ -8,6 +8,7 @@ if __name__ != "isthmus.attention":
 else:
   from importlib.metadata import version
 
+  from isthmus.attention.block_mask import BlockMask
   from isthmus.attention.cache import KVCache
   from isthmus.attention.decode import decode, decode_step
   from isthmus.attention.mask import EMPTY
@@ -18,6 +19,7 @@ else:
   __all__ = [
     "EMPTY",
     "Attention",
+    "BlockMask",
     "KVCache",
     "attention",
     "decode",
