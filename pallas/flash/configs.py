@@ -11,14 +11,14 @@ class Configs:
   """One of each pass."""
 
   forward: ForwardConfig = ForwardConfig()
-  queries: BackwardConfig = BackwardConfig()
-  keys: BackwardConfig = BackwardConfig()
+  queries: BackwardConfig = BackwardConfig(64, 4)
+  keys: BackwardConfig = BackwardConfig(64, 4)
 
 
 def configs(width: int, value_width: int) -> Configs:
   """What a call with these (padded) widths is compiled with."""
   if max(width, value_width) > 128:
     return Configs(
-      ForwardConfig(64, 2), BackwardConfig(64, 2), BackwardConfig(64, 2)
+      ForwardConfig(64, 2), BackwardConfig(64, 1), BackwardConfig(64, 1)
     )
   return Configs()

@@ -136,7 +136,11 @@ def _backward(options, residuals, cotangents):
   turned = _transposed(plan, k.shape[2])
   arrays = (*(_even(x) for x in (q, k, v, do)), lse2, jnp.pad(delta, short))
   dq = backward_queries(*arrays, plan, options, config.queries)
-  dk, dv = backward_keys(*arrays, turned, options, config.keys)
+  keys = functools.partial(backward_keys, *arrays, turned, options, config.keys)
+  if q.shape[3] > 128:
+    (dk,), (dv,) = keys(wanted=("dk",)), keys(wanted=("dv",))
+  else:
+    dk, dv = keys()
   dq, dk, dv = dq[:, :t], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
   dsinks = None
   if sinks is not None:
@@ -192,9 +196,7 @@ def _transposed(plan, heads):
   work = _work(lists)
   if work.shape[1] > 1:  # a kv head walks for all its query heads
     work = work.reshape(work.shape[0], heads, -1, work.shape[2]).sum(axis=2)
-  return Plan(
-    plan.lengths, lists=lists, order=_order(work), q=plan.q, k=plan.k
-  )
+  return Plan(plan.lengths, lists=lists, order=_order(work), q=plan.q, k=plan.k)
 
 
 def _work(lists):

@@ -27,6 +27,7 @@ from isthmus.pallas.flash.tile import (
   element_mask,
   entry,
   filled,
+  product,
   products,
   rem,
   spread,
@@ -193,18 +194,22 @@ def backward_queries(q, k, v, do, lse, delta, plan, options, config):
     ),
     items=b * n * tiles,
     threads=GROUPS + 1,
-    name="flash_backward_queries",
+    name="flash_backward_dq",
   )
   return dq
 
 
-def backward_keys(q, k, v, do, lse, delta, plan, options, config):
-  """(dk, dv), of the shapes of k and v.
+def backward_keys(
+  q, k, v, do, lse, delta, plan, options, config, *, wanted=("dk", "dv")
+):
+  """The wanted ones of (dk, dv), of the shapes of k and v.
 
   The query heads that share a kv head are walked one after the other, so that
-  their sum is made in registers.
+  their sum is made in registers. Above 128 columns both sums don't fit there:
+  then each is wanted by a call of its own.
 
   Args:
+    wanted: what is returned, in this order.
     plan: a `Plan` of query tiles for key tiles; its band is transposed.
     q, k, v, do, lse, delta, options, config: as in `backward_queries`.
   """
@@ -214,9 +219,10 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
   block, stages = config.block, config.stages
   tiles, split = pl.cdiv(s, BLOCK), BLOCK // block
   tile = (ROWS, block)
+  with_dk, with_dv = "dk" in wanted, "dv" in wanted
 
   def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, refs, *rest):
-    dk_ref, dv_ref, scratch = rest
+    *out_refs, scratch = rest
     k_smem2, v_smem2, q_smem, do_smem, lse_smem, delta_smem, *barriers = scratch
     k_full, q_full, do_full, q_free, do_free = barriers
     wg, item = lax.axis_index("wg"), lax.axis_index("item")
@@ -252,21 +258,23 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
     @pl.when(wg < GROUPS)
     def _compute():
       plgpu.set_max_registers(240, action="increase")
-      k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg]
+      k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg] if with_dk else None
       base = row * BLOCK + wg * ROWS
       rows = (batch, pl.ds(base, ROWS), kv_head)
       plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem, k_full.at[wg])
-      plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem, k_full.at[wg])
+      if with_dk:
+        plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem, k_full.at[wg])
       plgpu.barrier_wait(k_full.at[wg])
       load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0))
 
       def along(head, walk, done, carry):
         def step_of(step, carry, *, masked):
-          dk, dv = carry
+          sums = dict(zip(wanted, carry, strict=True))
           slot = rem(done + step, stages)
+          q, do = q_smem.at[slot], do_smem.at[slot]
           plgpu.barrier_wait(q_full.at[slot])
           plgpu.barrier_wait(do_full.at[slot])
-          lse, delta = load(lse_smem.at[slot]), load(delta_smem.at[slot])
+          lse = load(lse_smem.at[slot])
           seen = None
           if masked:
             seen = element_mask(
@@ -278,20 +286,23 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
               queries=1,
               length=None,
             )
-          (p, slope), dp = products(
-            (tile, tile),
-            lambda ref: wgmma(ref, k_smem, q_smem.at[slot].transpose((1, 0))),
-            lambda ref: wgmma(ref, v_smem, do_smem.at[slot].transpose((1, 0))),
-            lambda x: _weights(x, lse, options, 1, seen),
-          )
-          low = p.astype(dtype)
-          dv = accumulate(dv, lambda ref: wgmma(ref, low, do_smem.at[slot]))
+          logits = lambda acc: wgmma(acc, k_smem, q.transpose((1, 0)))
+          use = lambda x: _weights(x, lse, options, 1, seen)
+          if with_dk:
+            values = lambda acc: wgmma(acc, v_smem, do.transpose((1, 0)))
+            (p, slope), dp = products((tile, tile), logits, values, use)
+          else:
+            p, slope = use(product(tile, logits))
+          if with_dv:
+            low = p.astype(dtype)
+            sums["dv"] = accumulate(sums["dv"], lambda acc: wgmma(acc, low, do))
           plgpu.barrier_arrive(do_free.at[slot])
-          dx = p * (dp - spread(delta, tile, 1))
-          dx = (dx if slope is None else dx * slope).astype(dtype)
-          dk = accumulate(dk, lambda ref: wgmma(ref, dx, q_smem.at[slot]))
+          if with_dk:
+            dx = p * (dp - spread(load(delta_smem.at[slot]), tile, 1))
+            dx = (dx if slope is None else dx * slope).astype(dtype)
+            sums["dk"] = accumulate(sums["dk"], lambda acc: wgmma(acc, dx, q))
           plgpu.barrier_arrive(q_free.at[slot])
-          return dk, dv
+          return tuple(sums.values())
 
         partial, total = walk.partial * split, walk.total * split
         if plan.masked(None):
@@ -300,13 +311,17 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
         step = functools.partial(step_of, masked=False)
         return lax.fori_loop(partial, total, step, carry)
 
-      carry = (filled((ROWS, d), 0.0), filled((ROWS, dv), 0.0))
-      dk, dv_ = heads_loop(along, carry)
-      k_smem[...] = (dk * options.scale).astype(dtype)
-      v_smem[...] = dv_.astype(dtype)
+      widths = {"dk": d, "dv": dv}
+      carry = tuple(filled((ROWS, widths[name]), 0.0) for name in wanted)
+      carry = heads_loop(along, carry)
+      # The results leave through the buffers of what has been used up.
+      buffers = {"dk": k_smem, "dv": v_smem if with_dk else k_smem}
+      for name, x in zip(wanted, carry, strict=True):
+        x = x * options.scale if name == "dk" else x
+        buffers[name][...] = x.astype(dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(k_smem, dk_ref.at[rows])
-      plgpu.copy_smem_to_gmem(v_smem, dv_ref.at[rows])
+      for name, out_ref in zip(wanted, out_refs, strict=True):
+        plgpu.copy_smem_to_gmem(buffers[name], out_ref.at[rows])
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == GROUPS)
@@ -341,18 +356,18 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
     body,
     (q, k, v, do, lse, delta),
     plan,
-    out_type=(
-      jax.ShapeDtypeStruct(k.shape, dtype),
-      jax.ShapeDtypeStruct(v.shape, dtype),
+    out_type=tuple(
+      jax.ShapeDtypeStruct((k if name == "dk" else v).shape, dtype)
+      for name in wanted
     ),
     scratch=(
       tiled((GROUPS, ROWS, d), dtype),
-      tiled((GROUPS, ROWS, dv), dtype),
+      tiled((GROUPS, ROWS, dv), dtype) if with_dk else (),
       tiled((stages, block, d), dtype),
       tiled((stages, block, dv), dtype),
       plgpu.SMEM((stages, block), jnp.float32),
       plgpu.SMEM((stages, block), jnp.float32),
-      plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+      plgpu.Barrier(num_arrivals=1 + with_dk, num_barriers=GROUPS),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
@@ -360,7 +375,7 @@ def backward_keys(q, k, v, do, lse, delta, plan, options, config):
     ),
     items=b * heads * tiles,
     threads=GROUPS + 1,
-    name="flash_backward_keys",
+    name="flash_backward_" + "_".join(wanted),
   )
 
 
