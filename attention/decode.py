@@ -5,12 +5,11 @@ read: the keys are cut into splits that are worked on side by side, each giving
 an unnormalised output with its statistics, which are merged at the end
 (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
-A matmul of [s, k, d] with k as a batch axis is one that GPU libraries take
-after a copy of the cache only. While queries are few, all kv heads are
-multiplied as one instead: by a matrix [k d, n t] of queries that is 0 outside
-each head's own block, so that the cache is read as it lies, as one matrix
-[s, k d]. That is k times the multiplications, by units that would otherwise
-wait for memory.
+A matmul of [s, k, d] with k as a batch axis is one that libraries take after a
+copy of the cache only. While queries are few it is read as it lies instead:
+on a GPU as one matrix [s, k d], against a matrix [k d, n t] of queries that is
+0 outside each head's own block (k times the multiplications, by units that
+would otherwise wait for memory), elsewhere by products that are summed at once.
 """
 
 import functools
@@ -24,7 +23,7 @@ from isthmus.attention.cache import KVCache
 from isthmus.attention.mask import Window, conditions
 from isthmus.attention.shard import sharded
 from isthmus.pallas.dispatch import platform
-from isthmus.pallas.precision import dot
+from isthmus.pallas.precision import accumulator, dot
 
 # The logit of a key that is not seen; finite, so that differences of logits
 # never are NaN.
@@ -32,6 +31,8 @@ _NEVER = -1e30
 # Columns of the joined matrix of queries, at most. An H100 does 295 bfloat16
 # operations while it reads a byte, and a column takes one a byte.
 _COLUMNS = 128
+# Queries that share a kv head, at most, where products are summed at once.
+_SHARING = 16
 # Keys of a split, at least, unless told otherwise.
 _CHUNK = 256
 
@@ -178,8 +179,12 @@ def _decode(predicate, scale, softcap, splits, q, k, v, at, places, sinks):
   (b, t, n, _), (s, heads, dv) = q.shape, v.shape[1:]
   if splits is None:
     splits = _splits(b, s, heads * dv, _cores())
-  join = platform() == "gpu" and n * t <= _COLUMNS
-  scores, outputs = (_joined if join else _grouped)(q, k, v)
+  if platform() == "gpu" and n * t <= _COLUMNS:
+    scores, outputs = _joined(q, k, v)
+  elif platform() != "gpu" and n // heads * t <= _SHARING:
+    scores, outputs = _summed(q, k, v)
+  else:
+    scores, outputs = _grouped(q, k, v)
 
   x = scores() * scale  # [b s k g t]
   if softcap is not None:
@@ -216,7 +221,7 @@ def _decode(predicate, scale, softcap, splits, q, k, v, at, places, sinks):
 
 
 def _grouped(q, k, v):
-  """Scores and outputs, kv head by kv head."""
+  """Scores and outputs: matmuls of each kv head, after a copy of the cache."""
   b, t, n, d = q.shape
   q = q.reshape(b, t, k.shape[2], -1, d)
 
@@ -225,6 +230,24 @@ def _grouped(q, k, v):
     return dot("bcskgt,bcskd->bckgtd", p, chunks)
 
   return lambda: dot("bskd,btkgd->bskgt", k, q), outputs
+
+
+def _summed(q, k, v):
+  """The same by products that XLA sums as it makes them."""
+  b, t, n, d = q.shape
+  q = q.reshape(b, t, k.shape[2], -1, d).transpose(0, 2, 3, 1, 4)
+  wide = accumulator(q.dtype)
+
+  def scores():
+    products = k.astype(wide)[:, :, :, None, None] * q.astype(wide)[:, None]
+    return jnp.sum(products, axis=-1)
+
+  def outputs(p):
+    chunks = v.reshape(*p.shape[:3], *v.shape[2:]).astype(wide)
+    products = p.astype(wide)[..., None] * chunks[:, :, :, :, None, None]
+    return jnp.sum(products, axis=2)
+
+  return scores, outputs
 
 
 def _joined(q, k, v):
