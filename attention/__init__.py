@@ -12,6 +12,7 @@ else:
   from isthmus.attention.cache import KVCache
   from isthmus.attention.decode import decode, decode_step
   from isthmus.attention.mask import EMPTY
+  from isthmus.attention.merge import add_sinks, merge
   from isthmus.attention.module import Attention
   from isthmus.attention.sdpa import attention, explain, report, save_attention
 
@@ -21,10 +22,12 @@ else:
     "Attention",
     "BlockMask",
     "KVCache",
+    "add_sinks",
     "attention",
     "decode",
     "decode_step",
     "explain",
+    "merge",
     "report",
     "save_attention",
   ]

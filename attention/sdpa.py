@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
+from isthmus.attention.block_mask import BlockMask
 from isthmus.attention.mask import Window, conditions
 from isthmus.attention.shard import attend_sharded, choose
 from isthmus.pallas.dispatch import Impl, Op, Row
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.cudnn import FORWARD
 from isthmus.pallas.flash.plan import restrict
-from isthmus.pallas.flash.predicate import Both
+from isthmus.pallas.flash.predicate import both
 from isthmus.pallas.flash.ref import LSE, OUT
 
 
@@ -30,7 +31,7 @@ def attention(
   *,
   causal: bool = False,
   window: Window = None,
-  mask: Any = None,
+  mask: BlockMask | None = None,
   segment_ids: Int[Array, "b t"] | None = None,
   kv_segment_ids: Int[Array, "b s"] | None = None,
   q_positions: Int32[Array, "#b #n t"] | None = None,
@@ -267,11 +268,8 @@ def _prepare(
   if mask is not None:
     _check_mask(mask, b, t, n, s, heads)
     lists = restrict(mask.lists, predicate, q_ops, k_ops, t=t, s=s, num_heads=n)
-    if mask.predicate is not None:
-      predicate = (
-        mask.predicate if predicate is None else Both(mask.predicate, predicate)
-      )
-      q_ops, k_ops = (*mask.q, *q_ops), (*mask.k, *k_ops)
+    predicate = both(mask.predicate, predicate)
+    q_ops, k_ops = (*mask.q, *q_ops), (*mask.k, *k_ops)
   options = Options(
     scale=float(d**-0.5 if scale is None else scale),
     softcap=None if softcap is None else float(softcap),
@@ -318,8 +316,6 @@ def _check_extra(name, x, sizes) -> None:
 
 
 def _check_mask(mask, b, t, n, s, heads) -> None:
-  from isthmus.attention.block_mask import BlockMask
-
   if not isinstance(mask, BlockMask):
     raise TypeError(f"mask is a {type(mask).__name__}; it is to be a BlockMask")
   if tuple(mask.lengths) != (t, s):
@@ -378,7 +374,7 @@ OP = Op(
   ),
   {
     "gpu": ("mosaic", "cudnn", "chunked"),
-    "cpu": ("chunked", "xla"),
+    "cpu": ("chunked",),
     "tpu": ("chunked",),
   },
 )
