@@ -36,6 +36,10 @@ class Contender:
     ours: whether it is an implementation of isthmus.
     package: what it needs besides JAX, if anything.
     gpu: whether it needs one.
+
+  Example:
+    >>> [peer.name for peer in JAX_PEERS if not peer.absent()]  # on a CPU
+    ['xla']
   """
 
   name: str

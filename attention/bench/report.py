@@ -138,9 +138,9 @@ def table(report: Report, width: int = 150) -> str:
     >>> case = Case("causal", 1, 8192, 16, 128)
     >>> rows = [Row("isthmus", True, case, "fwd", 1.0, peak_bytes=2**20)]
     >>> print(table(Report({}, {}, rows), width=80))
-    case     shape              pass   who        ms   TF/s   MiB   ...
+    case     shape               pass   who          ms    TF/s   MiB ...
     ...
-    causal   B1 S8192 H16 D128  fwd    isthmus    1.000  274.9      1 ...
+    causal   B1 S8192 H16 D128   fwd    isthmus   1.000   274.9     1
   """
   import io
 
@@ -175,7 +175,8 @@ def table(report: Report, width: int = 150) -> str:
     )
   out = io.StringIO()
   Console(file=out, width=width).print(view)
-  return out.getvalue()
+  lines = out.getvalue().splitlines()
+  return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def ordered(rows: list[Row]) -> list[Row]:

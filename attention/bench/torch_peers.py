@@ -6,6 +6,7 @@ output, a JSON object a line. Both sides make the masks from the same seed; the
 checksum of each case is compared before anything is timed.
 """
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -29,7 +30,7 @@ from isthmus.pallas.dispatch import platform
 Made = tuple[list[Any], Callable[..., Any]]
 
 #: The peers that run under torch.
-TORCH_PEERS = ("torch-flash", "torch-cudnn", "torch-flex", "torch-fa4")
+TORCH_PEERS = ("torch-fa4", "torch-flex", "torch-cudnn", "torch-flash")
 
 
 def run(
@@ -51,8 +52,8 @@ def run(
     quick: time shorter.
 
   Example:
-    >>> for found in run([], ["fwd"], ["torch-flex"], limit=60):
-    ...   print(found)
+    >>> list(run([], ["fwd"], [], limit=60))
+    []
   """
   for peer in peers:
     reason = absent(peer)
@@ -260,9 +261,6 @@ def _sdpa(backend: str, case: Case) -> Made:
 
 def _flex(case: Case) -> Made:
   torch, flex = _package("torch"), _package("torch.nn.attention.flex_attention")
-  # The pullback is called many times on what the forward pass kept.
-  _package("torch._functorch.config").donated_buffer = False
-  torch._dynamo.reset()
   if case.mask == "dense":
     mask = None
   elif case.mask == "causal":
@@ -282,10 +280,19 @@ def _flex(case: Case) -> Made:
     mask = flex.BlockMask.from_kv_blocks(
       zero, torch.zeros_like(index), num, index, BLOCK_SIZE=BLOCK
     )
-  compiled = torch.compile(flex.flex_attention, dynamic=False)
-  return _tensors(case, heads_first=True), lambda q, k, v: compiled(
-    q, k, v, block_mask=mask
-  )
+  call = functools.partial(_compiled_flex(), block_mask=mask)
+  return _tensors(case, heads_first=True), call
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+  """Compiled anew for each shape and kind of mask, not for each list."""
+  torch, flex = _package("torch"), _package("torch.nn.attention.flex_attention")
+  # The pullback is called many times on what the forward pass kept.
+  _package("torch._functorch.config").donated_buffer = False
+  # Past its limit of 8 dynamo would fall back, in silence, to all scores.
+  torch._dynamo.config.recompile_limit = 256
+  return torch.compile(flex.flex_attention, dynamic=False)
 
 
 def _package(name: str) -> Any:
