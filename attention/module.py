@@ -113,7 +113,7 @@ class Attention(nn.Module):
       kv: where keys and values come from, for cross attention; default x. It
         takes part in causality as keys do: aligned at the end.
       turn: applied to queries [b t n d], and to keys if they come from x, such
-        as `functools.partial(rope, turn=rotation(...))`.
+        as `jax.tree_util.Partial(rope, turn=rotation(...))`.
       kv_turn: applied to the keys of kv.
       positions: int32, of x; causality and the window compare them. By default
         those after the cache's, or 0, 1, ....

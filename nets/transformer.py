@@ -1,10 +1,10 @@
 """A decoder of pre-norm blocks: RoPE, grouped-query attention, SwiGLU."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
       scaling=self.rope_scaling,
     )
     shared: dict[str, Any] = {"train": train}
-    shared["turn"] = functools.partial(rope, turn=turn)
+    shared["turn"] = jax.tree_util.Partial(rope, turn=turn)
     layers = {}
     if cache is not None:
       shared["positions"] = positions.astype(jnp.int32)

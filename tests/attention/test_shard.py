@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from isthmus.attention import BlockMask, attention, save_attention
 from isthmus.attention.shard import (
   HEADS,
   ROWS,
@@ -309,6 +310,62 @@ def test_nothing_is_exchanged():
     gathered = jax.jit(jnp.positive, out_shardings=whole.sharding)
     assert re.findall(moves, gathered.lower(args[1]).compile().as_text())
     same(call(args[0], whole, args[2]), attend_(q, k, v, Extras())[0])
+
+
+# --- attention itself ---
+
+
+def test_attention_with_a_block_mask_and_all_else():
+  """Traced lists of each row and head; the default implementation."""
+  q, k, v = inputs(t=48, s=48, n=9, k=3)
+  blocks = jax.random.bernoulli(jax.random.key(7), 0.6, (4, 9, 3, 3))
+  ids = jnp.repeat(jnp.arange(4), 12)[None] // jnp.arange(1, 5)[:, None]
+
+  def loss(q, k, v, sinks, blocks, **settings):
+    mask = BlockMask.from_blocks(blocks, block=(16, 16), causal=True)
+    o, lse = attention(
+      q,
+      k,
+      v,
+      mask=mask,
+      window=(20, None),
+      segment_ids=ids,
+      sinks=sinks,
+      dropout_rate=0.2,
+      dropout_key=jax.random.key(1),
+      return_lse=True,
+      **settings,
+    )
+    return jnp.sum(o**3) + jnp.sum(jnp.sin(lse))
+
+  args = (q, k, v, jnp.arange(9.0), blocks)
+
+  def grad(**settings):
+    fixed = functools.partial(loss, **settings)
+    return suite.jit(jax.value_and_grad(fixed, argnums=(0, 1, 2, 3)))(*args)
+
+  want = grad()
+  with jax.set_mesh(mesh(data=2, model=3)):
+    same(grad(), want)
+    assert maps(loss, *args) == 1
+    assert maps(functools.partial(loss, shard_axes=((), ())), *args) == 0
+    with pytest.raises(ValueError, match="of 4 is not a multiple of the 3"):
+      attention(q, k, v, shard_axes=("model", ()))
+
+
+def test_remat_runs_a_divided_kernel_once():
+  q, k, v = inputs()
+
+  def count(**kwargs):
+    f = jax.checkpoint(lambda q: attention(q, k, v).sum(), **kwargs)
+    text = str(jax.make_jaxpr(jax.grad(f))(q))
+    assert "shard_map" in text
+    return text.count("dot_general")
+
+  with jax.set_mesh(mesh(data=2, model=2)):
+    plain = jax.make_jaxpr(jax.grad(lambda q: attention(q, k, v).sum()))(q)
+    assert count(policy=save_attention) == str(plain).count("dot_general")
+    assert count() > count(policy=save_attention)
 
 
 def test_sharded_copies_axes_of_size_one():
