@@ -316,13 +316,13 @@ def _capacities(lists, times):
 
 
 def _rows(x, times, rows):
-  """[b, n, qb] of blocks as [b, n, rows] of tiles."""
-  return jnp.repeat(x, times, axis=2)[..., :rows] if times > 1 else x
+  """[b, n, qb, ...] of blocks as [b, n, rows, ...] of tiles."""
+  return jnp.repeat(x, times, axis=2)[:, :, :rows] if times > 1 else x
 
 
 def _cut(x, times, t, s, block):
   """A mask of blocks as one of their tiles, without those past the ends."""
-  x = _rows(x, times[0], -(-t // block[0])) if times[0] > 1 else x
+  x = _rows(x, times[0], -(-t // block[0]))
   if times[1] > 1:
-    x = jnp.repeat(x, times[1], axis=3)
-  return x[..., : -(-t // block[0]), : -(-s // block[1])]
+    x = jnp.repeat(x, times[1], axis=3)[..., : -(-s // block[1])]
+  return x

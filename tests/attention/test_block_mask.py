@@ -1,0 +1,347 @@
+"""Block masks against loops over elements, alone and within `attention`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.attention import attention
+from isthmus.attention.block_mask import BlockMask
+from isthmus.pallas.flash.lists import to_blocks
+from isthmus.pallas.flash.predicate import Band, Segments
+
+T, S = 21, 26
+IDS = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, S))))
+IDS = IDS.astype(jnp.int32)
+PREFIX = jnp.asarray([3, 12], jnp.int32)
+BLOCKS = np.random.default_rng(1).random((2, 2, 3, 4)) < 0.5
+# A mask in blocks of a size, and its sentence on positions p, j of a row.
+MASKS = {
+  "full": (
+    lambda block: BlockMask.full(T, S, block=block),
+    lambda row, p, j: True,
+  ),
+  "causal": (
+    lambda block: BlockMask.causal(T, S, block=block),
+    lambda row, p, j: j <= p,
+  ),
+  "window": (
+    lambda block: BlockMask.window((5, 2), T, S, block=block),
+    lambda row, p, j: p - 5 <= j <= p + 2,
+  ),
+  "window to one side": (
+    lambda block: BlockMask.window((None, 3), T, S, block=block),
+    lambda row, p, j: j <= p + 3,
+  ),
+  "segments": (
+    lambda block: BlockMask.segments(IDS[:, -T:], IDS, block=block),
+    lambda row, p, j: IDS[row, p] == IDS[row, j],
+  ),
+  "prefix": (
+    lambda block: BlockMask.prefix(7, T, S, block=block),
+    lambda row, p, j: j <= p or j < 7,
+  ),
+  "prefix of each row": (
+    lambda block: BlockMask.prefix(PREFIX, T, S, block=block),
+    lambda row, p, j: j <= p or j < PREFIX[row],
+  ),
+  "block diagonal": (
+    lambda block: BlockMask.block_diagonal(6, T, S, block=block),
+    lambda row, p, j: p // 6 == j // 6,
+  ),
+  "strided": (
+    lambda block: BlockMask.strided(9, T, S, width=2, block=block),
+    lambda row, p, j: (p - j) % 9 < 2,
+  ),
+}
+
+
+def _sentence(name):
+  """bool [b, 1, T, S] by loops; the last query stands at the last key."""
+  seen = MASKS[name][1]
+  rows = 2 if name in ("segments", "prefix of each row") else 1
+  mask = np.zeros((rows, 1, T, S), bool)
+  for row, _, i, j in np.ndindex(mask.shape):
+    mask[row, 0, i, j] = seen(row, i + S - T, j)
+  return mask
+
+
+def _from_blocks(**kwargs):
+  blocks = jnp.asarray(BLOCKS)
+  lengths = {"q_length": T, "kv_length": S}
+  return BlockMask.from_blocks(blocks, block=(8, 8), **lengths, **kwargs)
+
+
+def _spread(blocks, block=(8, 8)):
+  blocks = np.repeat(np.repeat(blocks, block[0], axis=2), block[1], axis=3)
+  return blocks[..., :T, :S]
+
+
+_dense = jax.jit(BlockMask.to_dense)
+
+
+@jax.jit
+def _combine(a, b):
+  return a & b, a | b
+
+
+def _same(mask, expected):
+  ours = _dense(mask)
+  np.testing.assert_array_equal(ours, np.broadcast_to(expected, ours.shape))
+  assert ours.shape == (*np.shape(expected)[:2], T, S)
+  assert mask.dropped == 0
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_constructors(name):
+  expected = _sentence(name)
+  assert expected.any()
+  block = (4, 8)
+  mask = MASKS[name][0](block)
+  assert mask.lists.block == block and mask.lengths == (T, S)
+  _same(mask, expected)
+  full = to_blocks(mask.lists, -(-S // block[1]))[0]
+  assert (expected | ~_spread(np.asarray(full), block)).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_from_blocks(causal):
+  expected = _spread(BLOCKS)
+  if causal:
+    expected = expected & _sentence("causal")
+  mask = jax.jit(lambda: _from_blocks(causal=causal))()
+  _same(mask, expected)
+  assert (mask.lists.partial is not None) == causal
+
+
+PAIRS = [
+  ("causal", "window", (8, 8)),
+  ("causal", "segments", (4, 16)),
+  ("full", "strided", (8, 8)),
+  ("prefix of each row", "segments", (8, 8)),
+  ("block diagonal", "strided", (16, 4)),
+]
+
+
+@pytest.mark.parametrize("first,second,block", PAIRS)
+def test_intersections_and_unions(first, second, block):
+  """Also of blocks of two sizes."""
+  x, y = _sentence(first), _sentence(second)
+  a, b = MASKS[first][0]((8, 8)), MASKS[second][0](block)
+  both, either = _combine(a, b)
+  _same(both, x & y)
+  _same(either, x | y)
+  smaller = (min(8, block[0]), min(8, block[1]))
+  assert both.lists.block == either.lists.block == smaller
+  assert both.exact and either.exact
+
+
+def test_operands_of_both_are_taken_once():
+  mask = MASKS["segments"][0]((8, 8))
+  for one in (mask & mask, mask | mask):
+    assert one.predicate == Segments() and len(one.q) == len(one.k) == 1
+    _same(one, _sentence("segments"))
+
+
+def test_algebra_with_block_lists():
+  expected = _spread(BLOCKS)
+  mask, causal = _from_blocks(), MASKS["causal"][0]((8, 8))
+  seen = _sentence("causal")
+  for both in (mask & causal, causal & mask):
+    _same(both, expected & seen)
+    assert both.predicate == Band(None, 0, S - T) and not both.exact
+  segments = MASKS["segments"][0]((8, 8))
+  _same(
+    jax.jit(lambda *x: x[0] & x[1] & x[2])(mask, segments, causal),
+    expected & seen & _sentence("segments"),
+  )
+  flipped = BlockMask.from_blocks(
+    jnp.asarray(~BLOCKS), block=(8, 8), q_length=T, kv_length=S, causal=True
+  )
+  _same(
+    _from_blocks(causal=True) | flipped, np.broadcast_to(seen, (2, 2, T, S))
+  )
+  _same(mask | MASKS["full"][0]((8, 8)), np.ones((2, 2, T, S), bool))
+
+
+def test_a_union_that_no_predicate_expresses_is_refused():
+  with pytest.raises(NotImplementedError, match="block lists under None with"):
+    _ = _from_blocks() | MASKS["causal"][0]((8, 8))
+
+
+def test_lists_are_as_short_as_the_mask_allows():
+  """A window's don't grow with the length."""
+  mask = BlockMask.window((256, 0), 128 * 50)
+  assert mask.lists.full.shape == mask.lists.partial.shape == (1, 1, 50, 4)
+  assert mask.dropped == 0
+  assert BlockMask.causal(1280).lists.partial.shape == (1, 1, 10, 2)
+
+
+def test_rows_over_capacity_are_nan_and_counted():
+  """In outputs and gradients; the other rows are as they were."""
+  count = BLOCKS.sum(-1)
+  assert (count > 2).any() and (count <= 2).any()
+  mask, whole = _from_blocks(capacity=2), _from_blocks()
+  assert mask.dropped == np.maximum(count - 2, 0).sum()
+  assert mask.dropped.dtype == jnp.int32
+  lost = np.repeat(count > 2, 8, axis=2)[..., :T]  # [b, n, t]
+  q = jax.random.normal(jax.random.key(0), (2, T, 2, 8))
+  k, v = jax.random.normal(jax.random.key(1), (2, 2, S, 2, 8))
+
+  @jax.jit
+  def run(mask):
+    o, lse = attention(q, k, v, mask=mask, return_lse=True)
+    dq = jax.grad(lambda q: attention(q, k, v, mask=mask).sum())(q)
+    return o, lse, dq
+
+  (o, lse, dq), (o2, lse2, dq2) = run(mask), run(whole)
+  np.testing.assert_array_equal(np.isnan(lse), lost)
+  rows = lost.swapaxes(1, 2)
+  for ours, theirs in ((o, o2), (dq, dq2)):
+    assert np.isnan(ours[rows]).all() and np.isfinite(theirs).all()
+    np.testing.assert_allclose(ours[~rows], theirs[~rows], atol=1e-6)
+  np.testing.assert_allclose(lse[~lost], lse2[~lost], atol=1e-6)
+  # What is made of the mask stays marked.
+  causal = MASKS["causal"][0]((4, 4))
+  assert (mask & causal).dropped > 0 and (mask | mask).dropped > 0
+
+
+def test_attention_with_a_mask_and_conditions():
+  q = jax.random.normal(jax.random.key(0), (2, T, 2, 8))
+  k, v = jax.random.normal(jax.random.key(1), (2, 2, S, 1, 8))
+  mask = _from_blocks() & MASKS["window"][0]((8, 8))
+  seen = _spread(BLOCKS) & _sentence("window") & _sentence("causal")
+  call = functools.partial(attention, causal=True, return_lse=True, impl="xla")
+  o, lse = jax.jit(call)(q, k, v, mask=mask)
+  x = jnp.einsum("btnd,bsd->bnts", q, k[:, :, 0]) * 8**-0.5
+  expected = jax.nn.logsumexp(jnp.where(seen, x, -jnp.inf), axis=-1)
+  np.testing.assert_allclose(lse, expected, atol=1e-5)
+  p = jnp.where(
+    seen, jnp.exp(x - jnp.where(seen.any(-1), expected, 0)[..., None]), 0
+  )
+  np.testing.assert_allclose(
+    o, jnp.einsum("bnts,bsd->btnd", p, v[:, :, 0]), atol=1e-5
+  )
+
+
+def test_new_lists_of_one_capacity_are_not_traced_again():
+  traces = []
+
+  @jax.jit
+  def run(blocks, ids):
+    traces.append(1)
+    mask = BlockMask.from_blocks(blocks, block=(8, 8), capacity=2, causal=True)
+    return mask & BlockMask.segments(ids, block=(8, 8))
+
+  @jax.jit
+  def density(mask):
+    traces.append(2)
+    return mask.density
+
+  ids = jnp.zeros((2, 32), jnp.int32)
+  for seed in range(3):
+    blocks = np.random.default_rng(seed).random((2, 1, 4, 4)) < 0.3
+    mask = run(jnp.asarray(blocks), ids + seed)
+    density(mask)
+  assert traces == [1, 2]
+  assert mask.predicate.b == Segments() and mask.lists.block == (8, 8)
+
+
+def test_vmap_over_the_batch():
+  """A mask of a batch, mapped, is that of each row."""
+  q = jax.random.normal(jax.random.key(0), (2, 1, T, 2, 8))
+  k, v = jax.random.normal(jax.random.key(1), (2, 2, 1, S, 2, 8))
+
+  def run(blocks, ids, q, k, v):
+    mask = BlockMask.from_blocks(
+      blocks, block=(8, 8), q_length=T, kv_length=S, capacity=3
+    )
+    return attention(
+      q,
+      k,
+      v,
+      mask=mask & BlockMask.segments(ids[:, -T:], ids, block=(8, 8)),
+      impl="xla",
+    )
+
+  args = jnp.asarray(BLOCKS)[:, None], IDS[:, None], q, k, v
+  ours = jax.jit(jax.vmap(run))(*args)
+  for row in range(2):
+    alone = jax.jit(run)(*(x[row] for x in args))
+    np.testing.assert_allclose(ours[row], alone, atol=1e-6)
+
+
+def test_nothing_grows_with_elements():
+  t = 16384
+
+  def build(blocks, ids):
+    mask = BlockMask.from_blocks(blocks, causal=True, capacity=16)
+    return mask & BlockMask.segments(ids)
+
+  args = (
+    jax.ShapeDtypeStruct((1, 1, 128, 128), bool),
+    jax.ShapeDtypeStruct((1, t), jnp.int32),
+  )
+  memory = jax.jit(build).lower(*args).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < t * t // 100
+
+
+def test_density():
+  assert BlockMask.causal(32, block=(8, 8)).density == 10 / 16
+  assert _from_blocks().density == np.float32(BLOCKS.mean())
+  assert BlockMask.strided(4, 64, block=(8, 8)).density == 1
+
+
+def test_plot_shows_every_kind_of_block():
+  plt = pytest.importorskip("matplotlib.pyplot")
+  mask = BlockMask.from_blocks(
+    jnp.asarray([[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]]).astype(bool),
+    block=(8, 8),
+    capacity=1,
+    causal=True,
+  )
+  ax = mask.plot()
+  # Grey, white; blue and grey; the last row lost a block.
+  assert ax.images[0].get_array().tolist() == [[1, 0, 0], [2, 1, 0], [3, 3, 3]]
+  assert ax.images[0].get_extent() == [0, 24, 24, 0]
+  other = plt.subplots()[1]
+  assert mask.plot(ax=other) is other
+  plt.close("all")
+
+
+def test_repr_is_short_also_of_traced_masks():
+  said = []
+
+  def build(blocks):
+    said.append(repr(BlockMask.from_blocks(blocks, block=(8, 16), capacity=2)))
+
+  jax.eval_shape(build, jax.ShapeDtypeStruct((2, 4, 3, 5), bool))
+  assert said == [
+    "BlockMask(24 queries, 80 keys, blocks 8 x 16, batch 2, heads 4, capacity "
+    "2 + 0, None)"
+  ]
+
+
+def test_refusals_name_both_numbers():
+  blocks = jnp.ones((1, 2, 3, 4), bool)
+  for settings, message in (
+    ({"q_length": 16}, "16 queries are 2 blocks of 8, and 3 are given"),
+    ({"kv_length": 33}, "33 keys are 5 blocks of 8, and 4 are given"),
+    ({"capacity": 0}, "capacity is 0"),
+    ({"block": (8, 0)}, r"block is \(8, 0\)"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      BlockMask.from_blocks(blocks, **{"block": (8, 8), **settings})
+  a = BlockMask.from_blocks(blocks, block=(8, 8))
+  with pytest.raises(ValueError, match=r"\(24, 32\) and \(32, 32\)"):
+    _ = a & BlockMask.causal(32)
+  with pytest.raises(ValueError, match=r"blocks of \(8, 8\) don't fit \(8, 12"):
+    _ = a & BlockMask.full(24, 32, block=(8, 12))
+  with pytest.raises(ValueError, match="masks of heads 2 and 3"):
+    _ = a | BlockMask.from_blocks(jnp.ones((1, 3, 3, 4), bool), block=(8, 8))
+  with pytest.raises(ValueError, match="size 0"):
+    BlockMask.block_diagonal(0, 8)
+  with pytest.raises(ValueError, match="a stride of 4 has no width 5"):
+    BlockMask.strided(4, 8, width=5)
