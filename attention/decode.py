@@ -108,8 +108,8 @@ def decode(
       splits,
     ),
     (*arrays, at, places, sinks),
-    ("b.h", "b.h", "b.h", "bh", "bh", "h"),
-    ("b.h", "bh"),
+    ("b.n", "b.k", "b.k", "bn", "bk", "n"),
+    ("b.n", "bn"),
     sizes=(b, n, heads),
     shard_axes=shard_axes,
   )

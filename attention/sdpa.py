@@ -122,7 +122,7 @@ def attention(
     v,
     extras,
     shard_axes=shard_axes,
-    out=("b.h", "bh") if return_lse else "b.h",
+    out=("b.n", "bn") if return_lse else "b.n",
   )
 
 

@@ -6,6 +6,7 @@ the same call on less. XLA finds that out by itself for its own operations, but
 a kernel is a closed box to it: it would gather the whole on every device.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,8 +47,9 @@ def choose(
   By default rows are divided by `data` and `fsdp`, each if it is an Auto axis
   of the mesh that no enclosing `jax.shard_map` has made manual, and if it
   divides the rows that are left; and heads by `model`. A size that some axis
-  doesn't divide is refused, but for rows by default: a batch of 1, as
-  generation has, runs on any mesh. One kv head is copied to every device.
+  doesn't divide is refused, but for rows by default (a batch of 1, as
+  generation has, runs on any mesh), and for kv heads of which every device
+  reads one: those are copied.
 
   Args:
     b: batch rows.
@@ -95,17 +97,11 @@ def choose(
         " values vary: jax can't differentiate it; pass check_vma=False there"
       )
     return Axes()
-  for what, size, names, rest in (
-    ("a batch of", b, rows, "((), head axes)"),
-    ("query heads:", n, heads, "(batch axes, ())"),
-    ("kv heads:", 0 if k == 1 else k, heads, "(batch axes, ())"),
-  ):
-    count = math.prod(free[name] for name in names)
-    if size % count:
-      raise ValueError(
-        f"{what} {size} is not a multiple of the {count} devices of mesh axis"
-        f" {'+'.join(names)}; shard_axes={rest} leaves it whole"
-      )
+  across = math.prod(free[name] for name in heads)
+  _check_divides("a batch of", b, rows, free, "((), None)")
+  _check_divides("query heads:", n, heads, free, "(None, ())")
+  if across % k:
+    _check_divides("kv heads:", k, heads, free, "(None, ())")
   return Axes(rows, heads)
 
 
@@ -125,7 +121,8 @@ def sharded(
       depend on the others.
     arrays: pytrees.
     labels: a prefix of that tree; each leaf spells an array's first axes: `b`
-      batch, `h` heads, `.` any other. An axis of size 1 is copied.
+      batch, `n` query heads, `k` kv heads, `.` any other. An axis of size 1 is
+      copied.
     out: the same for what is returned.
     sizes: (batch rows, query heads, kv heads).
     shard_axes: see `choose`; where it divides nothing, this is the plain call.
@@ -133,7 +130,7 @@ def sharded(
   Example:
     >>> def scale(x, factor):
     ...   return x * factor
-    >>> call = (scale, (jnp.ones((4, 3, 2)), 2.0), ("b.h", ""), "b.h")
+    >>> call = (scale, (jnp.ones((4, 3, 2)), 2.0), ("b.n", ""), "b.n")
     >>> sharded(*call, sizes=(4, 2, 2)).shape
     (4, 3, 2)
   """
@@ -141,29 +138,56 @@ def sharded(
   axes = choose(*sizes, shard_axes, checked=checked)
   if not (axes.rows or axes.heads):
     return function(*_alike(arrays))
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh, k = jax.sharding.get_abstract_mesh(), sizes[2]
+  across = math.prod(mesh.shape[name] for name in axes.heads)
+  # Where there are fewer kv heads than devices, each picks the one it reads.
+  few = k % across != 0
+  names = {"b": axes.rows, "n": axes.heads, "k": () if few else axes.heads}
+  names["."] = ()
+  labels = jax.tree.broadcast(labels, arrays)
+
+  def spec(x, label):
+    sizes = zip(label, jnp.shape(x), strict=False)
+    return PartitionSpec(
+      *(None if size == 1 else names[a] or None for a, size in sizes)
+    )
+
+  def pick(device, x, label):
+    axis = label.find("k")
+    if axis < 0 or x.shape[axis] == 1:
+      return x
+    head = device[0] * k // across
+    return jax.lax.dynamic_slice_in_dim(x, head, 1, axis)
+
+  def local(device, *arrays):
+    if few:
+      take = functools.partial(pick, device)
+      arrays = jax.tree.map(take, arrays, labels)
+    return function(*arrays)
+
   # What is left to XLA inside; an axis of one device needn't be.
   left = {
     name
     for name, size in mesh.shape.items()
     if size > 1 and name not in (*axes.rows, *axes.heads)
   }
-  in_specs = jax.tree.map(
-    lambda x, label: _spec(label, axes, jnp.shape(x)),
-    arrays,
-    jax.tree.broadcast(labels, arrays),
-  )
   call = jax.shard_map(
-    function,
-    in_specs=in_specs,
-    out_specs=jax.tree.map(lambda label: _spec(label, axes), out),
+    local,
+    in_specs=(
+      PartitionSpec(axes.heads or None),
+      *jax.tree.map(spec, arrays, labels),
+    ),
+    out_specs=jax.tree.map(
+      lambda label: PartitionSpec(*(names[a] or None for a in label)), out
+    ),
     axis_names=set(mesh.axis_names) - left - set(mesh.manual_axes),
     # Kernels don't say how their results vary. Every axis divides a result,
     # so that there is nothing to check.
     check_vma=False,
   )
   # Outside jit, jax can't run a map over a part of a mesh.
-  return (jax.jit(call) if left else call)(*arrays)
+  call = jax.jit(call) if left else call
+  return call(jnp.arange(across, dtype=jnp.int32), *arrays)
 
 
 def attend_sharded(
@@ -174,7 +198,7 @@ def attend_sharded(
   extras: Extras,
   *,
   shard_axes: Any = None,
-  out: Any = ("b.h", "bh"),
+  out: Any = ("b.n", "bn"),
 ) -> Any:
   """`function(q, k, v, extras)`, divided over the current mesh.
 
@@ -205,14 +229,14 @@ def attend_sharded(
     return function(q, k, v, extras)
 
   like = Extras(
-    lists="bh", q="bh", k="bh", sinks="h", dropout_key="", first=("b", "h")
+    lists="bn", q="bn", k="bk", sinks="n", dropout_key="", first=("b", "n")
   )
   if extras.first is None:
     like = like._replace(first=None)
   return sharded(
     local,
     (q, k, v, extras),
-    ("b.h", "b.h", "b.h", like),
+    ("b.n", "b.k", "b.k", like),
     out,
     sizes=(b, n, heads),
     shard_axes=shard_axes,
@@ -248,6 +272,15 @@ def _check_name(name, mesh) -> None:
     )
 
 
+def _check_divides(what, size, names, free, rest) -> None:
+  count = math.prod(free[name] for name in names)
+  if size % count:
+    raise ValueError(
+      f"{what} {size} is not a multiple of the {count} devices of mesh axis"
+      f" {'+'.join(names)}; shard_axes={rest} leaves it whole"
+    )
+
+
 def _kind(mesh, name):
   return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[name]
 
@@ -260,16 +293,6 @@ def _dividing(size, names, free):
       taken.append(name)
       size //= free[name]
   return tuple(taken)
-
-
-def _spec(label, axes, shape=None):
-  """The PartitionSpec of an array whose axes `label` spells."""
-  names = {"b": axes.rows, "h": axes.heads, ".": ()}
-  parts = []
-  for i, letter in enumerate(label):
-    copied = shape is not None and shape[i] == 1
-    parts.append(None if copied else names[letter] or None)
-  return PartitionSpec(*parts)
 
 
 def _varying(x) -> frozenset:

@@ -276,19 +276,21 @@ def test_splits_by_default():
   assert MODULE._splits(1, 32768, 1024, 1) == 1
 
 
-def test_divided_over_a_mesh():
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 4)])
+def test_divided_over_a_mesh(sizes):
   """Each device reads its rows and heads of the cache, and moves nothing."""
-  q, k, v = inputs(n=8, k=4)
+  q, k, v = inputs(n=8, k=2)
   cache = ragged(k, v)
   want = suite.jit(decode)(q, cache)
   kinds = (AxisType.Auto,) * 2
   mesh = jax.make_mesh(
-    (2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4]
+    sizes, ("data", "model"), axis_types=kinds, devices=jax.devices()[:4]
   )
-  placed = NamedSharding(mesh, P("data", None, "model"))
-  q = jax.device_put(q, placed)
+  rows = NamedSharding(mesh, P("data", None, "model"))
+  kv = rows if sizes[1] == 2 else NamedSharding(mesh, P("data"))
+  q = jax.device_put(q, rows)
   cache = dataclasses.replace(
-    cache, k=jax.device_put(cache.k, placed), v=jax.device_put(cache.v, placed)
+    cache, k=jax.device_put(cache.k, kv), v=jax.device_put(cache.v, kv)
   )
   with jax.set_mesh(mesh):
     run = jax.jit(functools.partial(decode, splits=3))

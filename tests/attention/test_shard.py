@@ -113,6 +113,7 @@ def test_names_are_those_of_the_train_meshes():
     ({"seq": 4}, (4, 4, 4), None, ((), ())),
     ({"data": 2, "model": 3}, (2, 9, 3), None, (("data",), ("model",))),
     ({"model": 4}, (1, 8, 1), None, ((), ("model",))),
+    ({"model": 4}, (1, 8, 2), None, ((), ("model",))),
     ({"data": 2, "model": 2}, (4, 3, 1), ((), ()), ((), ())),
     ({"data": 2, "model": 2}, (4, 3, 1), (None, ()), (("data",), ())),
     ({"x": 2, "y": 2}, (4, 4, 4), (["x"], "y"), (("x",), ("y",))),
@@ -133,7 +134,7 @@ def test_no_mesh_no_axes():
   "call, shard_axes, words",
   [
     ((4, 9, 3), None, "query heads: 9 .* 2 devices of mesh axis model"),
-    ((4, 6, 3), None, r"kv heads: 3 .* 2 .*model; shard_axes=\(batch axes, \("),
+    ((4, 6, 3), None, r"kv heads: 3 .* 2 .*model; shard_axes=\(None, \(\)\)"),
     ((3, 4, 4), ("data", ()), "a batch of 3 .* 2 devices of mesh axis data"),
     ((2, 4, 4), (("data", "model"), ()), "batch of 2 .* 4 .* data[+]model"),
     ((4, 4, 4), ("rows", ()), "'rows'; the mesh has data, model"),
@@ -168,6 +169,7 @@ def test_named_axes_need_a_mesh_with_auto_axes():
     ({"data": 2, "model": 3}, (9, 3), False),
     ({"fsdp": 2, "model": 4, "seq": 1}, (4, 1), True),
     ({"data": 2, "model": 2, "seq": 2}, (4, 4), False),
+    ({"data": 2, "model": 4}, (8, 2), True),
   ],
   ids=str,
 )
@@ -376,6 +378,6 @@ def test_sharded_copies_axes_of_size_one():
   x, y = jnp.arange(24.0).reshape(4, 3, 2), jnp.ones((1, 3, 4))
   with jax.set_mesh(mesh(data=2, model=2)):
     x = jnp.concatenate([x, x], 2)
-    call = (add, (x, y), ("b.h", "b.h"), "b.h")
+    call = (add, (x, y), ("b.n", "b.k"), "b.n")
     out = sharded(*call, sizes=(4, 4, 4))
   np.testing.assert_array_equal(out, x + y)

@@ -356,7 +356,7 @@ def test_loader_errors_name_the_step(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path):
-  job = _decoder(mesh=Mesh(data=1, model=8), rules=((r"norm", toy.P("x")),))
+  job = _decoder(mesh=Mesh(data=2, model=4), rules=((r"norm", toy.P("x")),))
   with pytest.raises(config.ConfigError, match="no axis 'x'"):
     job.run(tmp_path)
   job = _decoder(mesh=Mesh(data=8), batch_size=12)
