@@ -133,10 +133,11 @@ def backward_queries(q, k, v, do, lse, delta, plan, options, config):
             length=length,
           )
         (p, slope), dp = products(
-          (tile, tile),
-          lambda ref: wgmma(ref, q_smem, k_smem.at[slot].transpose((1, 0))),
-          lambda ref: wgmma(ref, do_smem, v_smem.at[slot].transpose((1, 0))),
+          tile,
+          lambda acc: wgmma(acc, q_smem, k_smem.at[slot].transpose((1, 0))),
           lambda x: _weights(x, lse, options, 0, seen),
+          tile,
+          lambda acc: wgmma(acc, do_smem, v_smem.at[slot].transpose((1, 0))),
         )
         plgpu.barrier_arrive(v_free.at[slot])
         dx = p * (dp - spread(delta, tile, 0))
@@ -290,7 +291,7 @@ def backward_keys(
           use = lambda x: _weights(x, lse, options, 1, seen)
           if with_dk:
             values = lambda acc: wgmma(acc, v_smem, do.transpose((1, 0)))
-            (p, slope), dp = products((tile, tile), logits, values, use)
+            (p, slope), dp = products(tile, logits, use, tile, values)
           else:
             p, slope = use(product(tile, logits))
           if with_dv:

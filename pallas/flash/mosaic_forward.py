@@ -1,13 +1,13 @@
 """Forward attention for sm_90 in Pallas Mosaic GPU.
 
 Two compute warpgroups own 64 query rows each and share the key tiles that a
-third brings in by TMA, reading their indices along the walk. While one does
-its softmax the other has the tensor cores (the ping-pong schedule of
-FlashAttention-3, https://arxiv.org/abs/2407.08608).
+third brings in by TMA, reading their indices along the walk. The schedule is
+that of FlashAttention-3 (https://arxiv.org/abs/2407.08608): the warpgroups
+take turns at the tensor cores, and within one the softmax of a step runs
+while the values of the step before are being added.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -27,10 +27,12 @@ from isthmus.pallas.flash.tile import (
   entry,
   filled,
   product,
+  products,
   rem,
   spread,
   tiled,
   wgmma,
+  where_partial,
 )
 from isthmus.pallas.flash.walk import band_walk, list_walk
 
@@ -45,10 +47,12 @@ class ForwardConfig:
   Attributes:
     block_k: keys of a step; divides BLOCK.
     stages: steps whose keys and values are in flight.
+    ping_pong: whether the warpgroups take turns at the tensor cores.
   """
 
   block_k: int = 128
   stages: int = 2
+  ping_pong: bool = True
 
 
 def forward(q, k, v, plan, options, config):
@@ -68,6 +72,7 @@ def forward(q, k, v, plan, options, config):
   softcap, predicate = options.softcap, options.predicate
   factor = (options.scale if softcap is None else softcap) * LOG2E
   length = s if s % BLOCK else None
+  masked = plan.masked(length)
   tile = (ROWS, block_k)
 
   def body(q_ref, k_ref, v_ref, refs, o_ref, lse_ref, scratch):
@@ -90,9 +95,16 @@ def forward(q, k, v, plan, options, config):
     def first_key(step):
       return walk.index(div(step, split)) * BLOCK + rem(step, split) * block_k
 
-    def take_turn():
-      plgpu.barrier_arrive(turn)
-      plgpu.barrier_wait(turn)
+    def take_turn(wg):
+      if config.ping_pong:
+        plgpu.barrier_wait(turn.at[wg])
+
+    def pass_turn(wg):
+      if config.ping_pong:
+        plgpu.barrier_arrive(turn.at[1 - wg])
+
+    # A row of tiles without keys takes one tile, and masks all of it.
+    none, total = total == 0, jnp.maximum(total, 1)
 
     @pl.when(wg < GROUPS)
     def _compute():
@@ -103,77 +115,86 @@ def forward(q, k, v, plan, options, config):
       base = row * BLOCK + wg * ROWS
       rows = (batch, pl.ds(base, ROWS), head)
       plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_full.at[wg])
+      pl.when(wg == 1)(lambda: pass_turn(wg))
       plgpu.barrier_wait(q_full.at[wg])
 
-      @pl.when(total > 0)
-      def _():
-        plgpu.barrier_wait(k_full.at[0])
+      def seen_of(step):
+        return element_mask(
+          refs,
+          predicate,
+          (batch, head, kv_head),
+          (base, first_key(step)),
+          tile,
+          queries=0,
+          length=length,
+        )
 
-      pl.when(wg == 1)(take_turn)
-
-      def step_of(step, carry, *, masked):
-        acc, top, denominator = carry
-        slot = rem(step, stages)
-
-        def scores(ref):
-          wgmma(ref, q_smem, k_smem.at[slot].transpose((1, 0)))
-          take_turn()
-
-        x = product(tile, scores)
-        plgpu.barrier_arrive(k_free.at[slot])
-        if softcap is not None:
-          x = jnp.tanh(x * (options.scale / softcap))
-        if masked:
-          seen = element_mask(
-            refs,
-            predicate,
-            (batch, head, kv_head),
-            (base, first_key(step)),
-            tile,
-            queries=0,
-            length=length,
-          )
-          if seen is not None:
-            x = jnp.where(seen, x, -jnp.inf)
+      def softmax(x, top, denominator, masked):
+        """(p, fade, new top, new denominator) of the rows after these keys."""
         new = jnp.maximum(top, x.max(axis=1) * factor)
         # A row that has seen no key yet stays at -inf.
         safe = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
         fade = jnp.exp2(top - safe)
         p = jnp.exp2(x * factor - spread(safe, tile, 0))
-        acc = acc * spread(fade, acc.shape, 0)
-        low = p.astype(dtype)
         denominator = denominator * fade + p.sum(axis=1)
-        acc, denominator, new, low = lax.optimization_barrier(
-          (acc, denominator, new, low)
-        )
-        plgpu.barrier_arrive(turn)  # the softmax is done
-        plgpu.barrier_wait(v_full.at[slot])
-        plgpu.barrier_wait(turn)  # the tensor cores are free
+        return p.astype(dtype), fade, new, denominator
 
-        def values(ref):
-          wgmma(ref, low, v_smem.at[slot])
+      def logits(x, step):
+        if softcap is not None:
+          x = jnp.tanh(x * (options.scale / softcap))
+        if masked:
+          seen = lambda: seen_of(step)
+          x = where_partial(partial, step, x, -jnp.inf, seen)
+        return x
 
-          @pl.when(step + 1 < total)
-          def _():
-            plgpu.barrier_wait(k_full.at[rem(step + 1, stages)])
+      def scores(slot):
+        return lambda acc: wgmma(acc, q_smem, k_smem.at[slot].transpose((1, 0)))
 
-        acc = accumulate(acc, values)
-        plgpu.barrier_arrive(v_free.at[slot])
-        return acc, new, denominator
+      def first_step():
+        plgpu.barrier_wait(k_full.at[0])
+        take_turn(wg)
 
-      carry = (
-        filled((ROWS, dv), 0.0),
-        filled((ROWS,), -jnp.inf),
-        filled((ROWS,), 0.0),
-      )
-      if plan.masked(length):
-        step = functools.partial(step_of, masked=True)
-        carry = lax.fori_loop(0, partial, step, carry)
-      step = functools.partial(step_of, masked=False)
-      carry = lax.fori_loop(partial, total, step, carry)
-      pl.when(wg == 0)(take_turn)
+        def multiply(acc):
+          scores(0)(acc)
+          pass_turn(wg)
 
-      acc, top, denominator = carry
+        x = product(tile, multiply)
+        plgpu.barrier_arrive(k_free.at[0])
+        nothing = lambda _: filled(tile, -jnp.inf)
+        x = lax.cond(none, nothing, lambda x: x, logits(x, jnp.int32(0)))
+        top, denominator = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
+        low, _, top, denominator = softmax(x, top, denominator, True)
+        return filled((ROWS, dv), 0.0), low, top, denominator
+
+      def step_of(step, carry):
+        """The scores of this step, while the values of the last are added."""
+        acc, low, top, denominator = carry
+        slot, last = rem(step, stages), rem(step - 1, stages)
+        plgpu.barrier_wait(k_full.at[slot])
+        plgpu.barrier_wait(v_full.at[last])
+        take_turn(wg)
+
+        def values(acc):
+          wgmma(acc, low, v_smem.at[last])
+          pass_turn(wg)
+
+        def use(x):
+          plgpu.barrier_arrive(k_free.at[slot])
+          return softmax(logits(x, step), top, denominator, masked)
+
+        used, acc = products(tile, scores(slot), use, acc, values)
+        plgpu.barrier_arrive(v_free.at[last])
+        low, fade, top, denominator = used
+        return acc * spread(fade, acc.shape, 0), low, top, denominator
+
+      carry = lax.fori_loop(1, total, step_of, first_step())
+      acc, low, top, denominator = carry
+      last = rem(total - 1, stages)
+      plgpu.barrier_wait(v_full.at[last])
+      acc = accumulate(acc, lambda acc: wgmma(acc, low, v_smem.at[last]))
+      plgpu.barrier_arrive(v_free.at[last])
+      pl.when(wg == 0)(lambda: take_turn(wg))
+
       if refs["sinks"] is not None:
         sink = refs["sinks"][head] * LOG2E
         new = jnp.maximum(top, sink)
@@ -186,7 +207,10 @@ def forward(q, k, v, plan, options, config):
       if refs["lists"] is not None:
         poison = jnp.where(walk.overflow, jnp.float32(jnp.nan), jnp.float32(0))
         inverse, lse = inverse + poison, lse + poison
-      o_smem[...] = (acc * spread(inverse, acc.shape, 0)).astype(dtype)
+      acc = acc * spread(inverse, acc.shape, 0)
+      # What no key was seen for may be 0 NaN by now.
+      empty = spread(denominator == 0, acc.shape, 0)
+      o_smem[...] = jnp.where(empty, 0.0, acc).astype(dtype)
       lse_smem[...] = lse
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(o_smem, o_ref.at[rows])
@@ -233,7 +257,7 @@ def forward(q, k, v, plan, options, config):
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
       plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=GROUPS),
+      plgpu.Barrier(num_barriers=GROUPS),
     ),
     items=b * n * tiles,
     threads=GROUPS + 1,

@@ -113,21 +113,35 @@ def product(shape: tuple[int, int], multiply: Callable[[Any], None]) -> Any:
 
 
 def products(
-  shapes: tuple[tuple[int, int], tuple[int, int]],
+  shape: tuple[int, int],
   first: Callable[[Any], None],
-  second: Callable[[Any], None],
   use: Callable[[Any], Any],
+  start: Any,
+  second: Callable[[Any], None],
 ) -> tuple[Any, Any]:
-  """(use(a), b) of two products; `use` runs while b is being computed."""
+  """(use(a), b) of two products; `use` runs while b is being computed.
+
+  Args:
+    shape: of a.
+    first: starts a, from zero.
+    use: what is done with a.
+    start: what b is added to, or a shape for zero.
+    second: starts b.
+  """
+  zero = isinstance(start, tuple)
   if interpreting():
-    return use(product(shapes[0], first)), product(shapes[1], second)
+    used = use(product(shape, first))
+    return used, (product if zero else accumulate)(start, second)
 
   def inner(a, b):
+    if not zero:
+      b[...] = start
     first(a)
     second(b)
     used = use(plgpu.wgmma_accumulator_load(a, wait_n=1))
     return used, b[...]
 
+  shapes = (shape, start if zero else start.shape)
   return pl.run_scoped(inner, *(plgpu.ACC(x, jnp.float32) for x in shapes))
 
 
@@ -141,6 +155,27 @@ def filled(shape, value):
 def spread(x, shape, axis):
   """A vector along `axis` of a tile."""
   return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def where_partial(partial: Any, step: Any, x: Any, other: float, seen: Any):
+  """x, but `other` where an element of a partial tile is not seen.
+
+  A branch inside one loop, not a loop for partial tiles and one for the rest:
+  with two, ptxas runs the matrix instructions one after the other.
+
+  Args:
+    partial: steps below it are of partial tiles.
+    step: the one x belongs to.
+    x: a tile.
+    other: what stands for elements that are not seen.
+    seen: gives the `element_mask`, or None.
+  """
+
+  def mask(x):
+    found = seen()
+    return x if found is None else jnp.where(found, x, other)
+
+  return lax.cond(step < partial, mask, lambda x: x, x)
 
 
 def element_mask(refs, predicate, at, base, shape, *, queries, length):
