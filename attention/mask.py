@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Int, Int32
 
+from isthmus.pallas.flash.predicate import EMPTY as EMPTY
 from isthmus.pallas.flash.predicate import (
-  EMPTY,
   Band,
   Both,
   Positions,
@@ -126,72 +126,3 @@ def positions(
   if kv_positions is None:
     kv_positions = jnp.arange(s, dtype=jnp.int32)[None, None]
   return q_positions, kv_positions
-
-
-def visible(
-  *,
-  lengths: tuple[int, int],
-  num_kv_heads: int,
-  causal: bool = False,
-  window: tuple[int | None, int | None] | None = None,
-  segment_ids: Int[Array, "b t"] | None = None,
-  kv_segment_ids: Int[Array, "b s"] | None = None,
-  q_positions: Int32[Array, "#b #n t"] | None = None,
-  kv_positions: Int32[Array, "#b #k s"] | None = None,
-) -> Bool[Array, "#b #k #g t s"] | None:
-  """The mask of all conditions together, True where a query sees a key.
-
-  Query i sees key j iff, with positions p_i and p_j,
-  `p_j <= p_i` (causal), `p_i - left <= p_j <= p_i + right` (window),
-  `segment_i == segment_j`, and p_j is not EMPTY.
-
-  Args:
-    lengths: (t, s), the numbers of queries and keys.
-    num_kv_heads: k; query heads are grouped as [k, g].
-    causal, window, segment_ids, kv_segment_ids: see `attention`.
-    q_positions, kv_positions: int32; defaults as in `positions`.
-
-  Returns:
-    A mask whose axes of size 1 broadcast, or None if every key is seen.
-
-  Example:
-    >>> mask = visible(
-    ...   lengths=(3, 3), num_kv_heads=1, causal=True, window=(1, None)
-    ... )
-    >>> print(mask[0, 0, 0].astype(int))
-    [[1 0 0]
-     [1 1 0]
-     [0 1 1]]
-  """
-  t, s = lengths
-  masks = []
-  if causal or window is not None:
-    p, j = positions(t, s, q_positions, kv_positions)
-    p = _group(p, num_kv_heads)[..., :, None]
-    j = j[:, :, None, None, :]
-    if causal:
-      masks.append(j <= p)
-    left, right = window or (None, None)
-    if left is not None:
-      masks.append(j >= p - left)
-    if right is not None:
-      masks.append(j <= p + right)
-  if kv_positions is not None:
-    masks.append((kv_positions != EMPTY)[:, :, None, None, :])
-  if segment_ids is not None and kv_segment_ids is not None:
-    same = segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-    masks.append(same[:, None, None])
-  if not masks:
-    return None
-  mask = masks[0]
-  for other in masks[1:]:
-    mask = mask & other
-  return jnp.broadcast_to(mask, (*mask.shape[:3], t, s))
-
-
-def _group(
-  x: Int32[Array, "#b #n t"], num_kv_heads: int
-) -> Int32[Array, "#b #k #g t"]:
-  """[b, n, t] -> [b, k, g, t]: query head n = k g reads kv head n // g."""
-  b, n, t = x.shape
-  return x.reshape(b, 1, 1, t) if n == 1 else x.reshape(b, num_kv_heads, -1, t)

@@ -66,7 +66,7 @@ def test_lists_and_blocks_and_back(kb):
 
 def test_what_pads_a_row_is_ignored():
   """Whatever it holds; an entry counts by its place alone."""
-  full = jnp.asarray([[[[0, 3, 1, 3], [2, 0, 0, 0]]]], jnp.int32)
+  full = jnp.asarray([[[[0, 3, 0, 1], [2, 0, 0, 0]]]], jnp.int32)
   lists = Lists(jnp.asarray([[[2, 0]]], jnp.int32), full, None, None, (8, 8))
   np.testing.assert_array_equal(
     to_blocks(lists, 4)[0][0, 0], [[1, 0, 0, 1], [0, 0, 0, 0]]
