@@ -133,9 +133,9 @@ def transpose(lists: Lists, kb: int) -> Lists:
   """The query blocks that list each key block.
 
   The result has rows of key blocks, entries that are query blocks, and a
-  capacity of qb, so it never overflows. A query block that overflowed stands
-  where its kept entries say; its lse is NaN, and so is every gradient that a
-  kernel computes with it.
+  capacity of qb, so it never overflows. A query block that overflowed is
+  listed whole by every key block: its lse is NaN, and so are then the
+  gradients of all keys, among them those whose entry was dropped.
 
   Example:
     >>> full = jnp.array([[[[True, False], [True, True]]]])
@@ -144,6 +144,10 @@ def transpose(lists: Lists, kb: int) -> Lists:
     ([[[2, 1]]], [[[[0, 1], [1, 1]]]], (128, 64))
   """
   full, partial = to_blocks(lists, kb)
+  lost = overflowed(lists)[..., None]
+  full = full | lost
+  if partial is not None:
+    partial = partial & ~lost
   return listed(
     jnp.swapaxes(full, -1, -2),
     None if partial is None else jnp.swapaxes(partial, -1, -2),

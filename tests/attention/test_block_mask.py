@@ -193,16 +193,21 @@ def test_rows_over_capacity_are_nan_and_counted():
   @jax.jit
   def run(mask):
     o, lse = attention(q, k, v, mask=mask, return_lse=True)
-    dq = jax.grad(lambda q: attention(q, k, v, mask=mask).sum())(q)
-    return o, lse, dq
+    call = lambda q, k, v: attention(q, k, v, mask=mask).sum()
+    return o, lse, *jax.grad(call, (0, 1, 2))(q, k, v)
 
-  (o, lse, dq), (o2, lse2, dq2) = run(mask), run(whole)
+  (o, lse, dq, dk, dv), (o2, lse2, dq2, dk2, _) = run(mask), run(whole)
   np.testing.assert_array_equal(np.isnan(lse), lost)
   rows = lost.swapaxes(1, 2)
   for ours, theirs in ((o, o2), (dq, dq2)):
     assert np.isnan(ours[rows]).all() and np.isfinite(theirs).all()
     np.testing.assert_allclose(ours[~rows], theirs[~rows], atol=1e-6)
   np.testing.assert_allclose(lse[~lost], lse2[~lost], atol=1e-6)
+  # A key lacks what the NaN rows would add, whichever they dropped.
+  keys = np.broadcast_to(lost.any(-1)[:, None, :, None], dk.shape)
+  for ours in (dk, dv):
+    np.testing.assert_array_equal(np.isnan(ours), keys)
+  assert np.isfinite(dk2).all() and not keys.all()
   # What is made of the mask stays marked.
   causal = MASKS["causal"][0]((4, 4))
   assert (mask & causal).dropped > 0 and (mask | mask).dropped > 0
