@@ -51,12 +51,23 @@ def dense_mask(
   return mask
 
 
-def oracle(q, k, v, mask, *, scale=None, softcap=None, sinks=None, keep=None):
+def oracle(
+  q,
+  k,
+  v,
+  mask,
+  *,
+  scale=None,
+  softcap=None,
+  sinks=None,
+  keep=None,
+  precision="highest",
+):
   """(o, lse) in the dtype of q; `keep` [b, n, t, s] scales probabilities."""
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   group = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-  dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  dot = functools.partial(jnp.einsum, precision=precision)
   x = dot("btnd,bsnd->bnts", q, k) * jnp.asarray(scale, q.dtype)
   if softcap is not None:
     x = softcap * jnp.tanh(x / softcap)
@@ -104,7 +115,7 @@ def inputs(b, t, s, n, k, d, dv=None, dtype=jnp.float32, seed=0):
 
 
 def close(ours, wide, naive, factor, slack):
-  """max |ours - wide| <= factor max |naive - wide| + slack."""
+  """max |ours - wide| <= factor max |naive - wide| + slack; both sides."""
   ours, naive = (np.asarray(x, np.float64) for x in (ours, naive))
   finite = np.isfinite(wide)
   np.testing.assert_array_equal(np.isneginf(ours), ~finite)
@@ -112,6 +123,7 @@ def close(ours, wide, naive, factor, slack):
   error = np.max(np.abs(ours - wide), initial=0)
   allowed = np.max(np.abs(naive - wide), initial=0)
   assert error <= factor * allowed + slack, (error, allowed)
+  return error, factor * allowed + slack
 
 
 def check(ours, wide, naive, slack):
@@ -119,3 +131,59 @@ def check(ours, wide, naive, slack):
     close(mine, exact, low, 2, slack)
   for mine, exact, low in zip(ours[1], wide[1], naive[1], strict=True):
     close(mine, exact, low, 3, slack)
+
+
+def by_hand(args, do, dlse, mask, *, softcap=None, dtype=None):
+  """((o, lse), gradients) by numpy, which compiles nothing.
+
+  In float64; with a `dtype` each intermediate is rounded to it, as attention
+  written out in that dtype does.
+
+  Args:
+    args: (q, k, v) or (q, k, v, sinks).
+    do, dlse: cotangents; dlse may be None.
+    mask: bool [b n t s].
+    softcap: of the logits.
+    dtype: that is rounded to.
+  """
+
+  def near(x):
+    return x if dtype is None else x.astype(dtype).astype(np.float64)
+
+  q, k, v, *sinks = (near(np.asarray(x, np.float64)) for x in args)
+  do, scale = np.asarray(do, np.float64).swapaxes(1, 2), q.shape[-1] ** -0.5
+  heads, group = k.shape[2], q.shape[2] // k.shape[2]
+  q = q.swapaxes(1, 2)
+  k, v = (x.swapaxes(1, 2).repeat(group, axis=1) for x in (k, v))
+  x, slope = near(near(q @ k.swapaxes(-1, -2)) * near(np.float64(scale))), 1
+  if softcap is not None:
+    unit = near(np.tanh(x / softcap))
+    x, slope = near(softcap * unit), near(1 - unit**2)
+  p = np.where(mask, near(np.exp(np.where(mask, x, 0))), 0)
+  total = p.sum(-1)
+  if sinks:
+    sink = near(np.exp(sinks[0]))[:, None]
+    total = total + sink
+  total = near(total)
+  empty = total == 0
+  total = np.where(empty, 1, total)
+  p = near(p / total[..., None])
+  o, lse = near(p @ v), np.where(empty, -np.inf, near(np.log(total)))
+  dlse = np.where(empty, 0, 0 if dlse is None else np.asarray(dlse, np.float64))
+  dp = near(do @ v.swapaxes(-1, -2))
+  delta = near(np.sum(p * dp, axis=-1)) - dlse
+  dx = near(near(p * (dp - delta[..., None])) * slope * scale)
+
+  def grouped(x):
+    b, _, s, d = x.shape
+    x = near(x).reshape(b, heads, group, s, d).sum(2)
+    return near(x).swapaxes(1, 2)
+
+  gradients = [
+    near(dx @ k).swapaxes(1, 2),
+    grouped(dx.swapaxes(-1, -2) @ q),
+    grouped(p.swapaxes(-1, -2) @ do),
+  ]
+  if sinks:
+    gradients.append(near(-np.sum(sink / total * delta, axis=(0, 2))))
+  return (o.swapaxes(1, 2), lse), tuple(gradients)

@@ -10,7 +10,9 @@ import pytest
 
 from isthmus.attention import sdpa
 from isthmus.pallas import dispatch
+from isthmus.pallas.compat import has_mosaic
 from isthmus.pallas.dispatch import Row
+from isthmus.pallas.flash import chunked, cudnn, mosaic
 from isthmus.train import doctor, peak
 
 
@@ -70,7 +72,7 @@ CPU = Device("cpu", "cpu")
 
 def _machine(monkeypatch, device):
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  for module in (dispatch, sdpa):
+  for module in (dispatch, chunked, cudnn, mosaic):
     monkeypatch.setattr(module, "platform", lambda: device.platform)
 
 
@@ -107,12 +109,13 @@ def test_a_machine_without_fast_kernels_is_told_so(monkeypatch, device, notice):
   lines = list(doctor.summary())
   if notice is None:
     assert list(doctor.notices()) == []
-    assert "attention, bfloat16, causal: cudnn" in lines
-    assert "attention, float32, causal: xla" in lines
+    kernel = "mosaic" if device is H100 and has_mosaic() else "cudnn"
+    assert f"attention, bfloat16, causal: {kernel}" in lines
+    assert "attention, float32, causal: chunked" in lines
   else:
     assert lines[-1] == notice
     assert lines.count(notice) == 1
-    assert "attention, bfloat16, causal: xla" in lines
+    assert "attention, bfloat16, causal: chunked" in lines
 
 
 def test_summary_is_device_and_versions_first(monkeypatch):
@@ -137,7 +140,7 @@ def test_old_gpus_and_tpus_fall_back_with_a_reason(monkeypatch, device, reason):
   x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
   rows = {row.name: row for row in sdpa.explain(x, x, x, causal=True)}
   assert rows["cudnn"].verdict == "refuses" and rows["cudnn"].reason == reason
-  assert rows["xla"].verdict == "runs"
+  assert rows["chunked"].verdict == "runs"
   assert sdpa.attention(x, x, x, causal=True).shape == x.shape
   with pytest.raises(NotImplementedError, match=reason):
     sdpa.attention(x, x, x, causal=True, impl="cudnn")
