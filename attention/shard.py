@@ -229,10 +229,13 @@ def attend_sharded(
     return function(q, k, v, extras)
 
   like = Extras(
-    lists="bn", q="bn", k="bk", sinks="n", dropout_key="", first=("b", "n")
+    lists="bn",
+    q=("bn",) * len(extras.q),
+    k=("bk",) * len(extras.k),
+    sinks="n",
+    dropout_key="",
+    first=None if extras.first is None else ("b", "n"),
   )
-  if extras.first is None:
-    like = like._replace(first=None)
   return sharded(
     local,
     (q, k, v, extras),
