@@ -24,6 +24,10 @@ class Walk:
     total: how many there are.
     index: from a step below `total` to the index of its tile.
     overflow: whether entries were dropped from the list.
+
+  Example:
+    >>> Walk(0, 2, lambda step: 1 - step).index(0)
+    1
   """
 
   partial: Any
@@ -91,6 +95,15 @@ def list_walk(refs: Any, batch: Any, head: Any, row: Any) -> Walk:
   Args:
     refs: a `Lists` of refs or arrays; axes of size 1 are shared.
     batch, head, row: where.
+
+  Example:
+    >>> from isthmus.pallas.flash.lists import listed
+    >>> full = jnp.array([[[[True, False, True]]]])
+    >>> walk = list_walk(listed(full, ~full, block=(128, 128)), 0, 0, 0)
+    >>> int(walk.partial), int(walk.total)
+    (1, 3)
+    >>> [int(walk.index(step)) for step in range(3)]
+    [1, 0, 2]
   """
   size = refs.full_num.shape
   at = (batch if size[0] > 1 else 0, head if size[1] > 1 else 0, row)
