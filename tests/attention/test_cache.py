@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isthmus.attention import EMPTY, KVCache, attention
+from isthmus.attention import EMPTY, KVCache, attention, decode
 
 
 def inputs(b=2, t=7, n=4, k=2, d=8):
@@ -68,6 +68,21 @@ def test_positions_are_kept_and_padding_is_empty():
   e = EMPTY
   assert cache.positions.tolist() == [[0, 1, 2, 3, e], [0, 1, e, 2, e]]
   np.testing.assert_array_equal(cache.k[:, 3], k[:, 0])
+
+
+def test_padding_holds_0_whatever_was_given():
+  """So that reading it can't harm; attention and decode agree."""
+  q, k, v = inputs(t=3)
+  places = jnp.asarray([[0, 1, 2], [EMPTY, 0, 1]], jnp.int32)
+  bad = (x.at[1, 0].set(jnp.nan) for x in (k, v))
+  cache = empty(5).append(*bad, positions=places)
+  for got, x in ((cache.k, k), (cache.v, v)):
+    assert not np.any(got[1, 0])
+    np.testing.assert_array_equal(got[0, :3], x[0])
+    np.testing.assert_array_equal(got[1, 1:3], x[1, 1:])
+  want = attention(q[1:, 2:], k[1:, 1:], v[1:, 1:])
+  o = jax.jit(decode)(q[:, 2:], cache)
+  np.testing.assert_allclose(o[1:], want, atol=1e-6)
 
 
 def test_overflow_is_nan_and_never_silent():

@@ -111,6 +111,12 @@ CASES = {
 }
 
 
+@functools.cache
+def plain():
+  layer, variables = build()
+  return suite.jit(layer.apply)(variables, X)[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_formula(case):
   fields, inputs, told = CASES[case]
@@ -120,7 +126,7 @@ def test_equals_the_formula(case):
   np.testing.assert_allclose(got, want, atol=1e-5)
   assert aux == {}
   if case != "plain":
-    other, _ = Attention(4, 2, 8).apply(build()[1], X)
+    other = plain()
     assert got.shape != other.shape or np.abs(got - other).max() > 1e-3
 
 
@@ -132,11 +138,11 @@ def test_sinks_are_learned():
     return layer.apply(changed, X)[0]
 
   sinks = variables["params"]["sinks"]
-  want = written_out(variables, sinks=sinks)
-  np.testing.assert_allclose(call(sinks), want, atol=1e-5)
-  slope = jax.grad(lambda s: call(s).sum())(sinks)
+  want = suite.jit(lambda v, s: written_out(v, sinks=s))(variables, sinks)
+  np.testing.assert_allclose(suite.jit(call)(sinks), want, atol=1e-5)
+  slope = suite.jit(jax.grad(lambda s: call(s).sum()))(sinks)
   assert slope.shape == (4,) and np.all(np.abs(slope) > 1e-4)
-  start = layer.init(jax.random.key(0), X)["params"]["sinks"]
+  start = suite.jit(layer.init)(jax.random.key(0), X)["params"]["sinks"]
   np.testing.assert_array_equal(start, np.zeros(4))
 
 
@@ -178,7 +184,7 @@ def test_out_scale_and_kinds():
   layer = Attention(
     4, 2, 64, out_scale=0.1, dtype=jnp.bfloat16, param_dtype=jnp.float32
   )
-  (y, _), variables = layer.init_with_output(jax.random.key(0), X)
+  (y, _), variables = suite.jit(layer.init_with_output)(jax.random.key(0), X)
   kernels = {n: variables["params"][n]["kernel"] for n in "qo"}
   np.testing.assert_allclose(kernels["q"].std(), 16**-0.5, rtol=0.1)
   np.testing.assert_allclose(kernels["o"].std(), 0.1 * 256**-0.5, rtol=0.1)
@@ -214,15 +220,18 @@ def test_the_mechanism_is_a_field_and_is_told_what_is_set():
 
 def test_dropout_in_training_only():
   layer, variables = build(dropout=0.5)
-  plain, _ = build()[0].apply(variables, X)
-  np.testing.assert_array_equal(layer.apply(variables, X)[0], plain)
+  np.testing.assert_allclose(
+    suite.jit(layer.apply)(variables, X)[0], plain(), atol=1e-6
+  )
 
+  @suite.jit
   def train(seed):
     rngs = {"dropout": jax.random.key(seed)}
     return layer.apply(variables, X, train=True, rngs=rngs)[0]
 
   np.testing.assert_array_equal(train(0), train(0))
   assert np.abs(train(0) - train(1)).max() > 0.01
+  assert np.abs(train(0) - plain()).max() > 0.01
   with pytest.raises(Exception, match="dropout"):
     layer.apply(variables, X, train=True)
 
@@ -254,7 +263,7 @@ def test_a_cache_gives_the_rows_of_the_whole(fields, by, monkeypatch):
     lambda *x, f=source.decode, **y: calls.append(1) or f(*x, **y),
   )
   layer, variables = build(**fields)
-  want, _ = layer.apply(variables, X)
+  want, _ = suite.jit(layer.apply)(variables, X)
   cache = KVCache.init(
     batch=2,
     capacity=8,
@@ -279,11 +288,12 @@ def test_a_long_prompt_and_a_mask_are_read_by_attention(monkeypatch):
   x = jnp.concatenate([X, X], 1)
   cache = KVCache.init(batch=2, capacity=16, num_kv_heads=2, head_dim=8)
   assert x.shape[1] > source.FEW
-  want, _ = layer.apply(variables, x)
-  got, _ = layer.apply(variables, x, cache=cache)
+  apply = suite.jit(layer.apply)
+  want, _ = apply(variables, x)
+  got, _ = apply(variables, x, cache=cache)
   np.testing.assert_allclose(got, want, atol=1e-5)
   mask = BlockMask.causal(6, 16, block=(2, 2))
-  shown, _ = layer.apply(variables, X, cache=cache, mask=mask)
+  shown, _ = apply(variables, X, cache=cache, mask=mask)
   assert np.abs(shown - want[:, :6]).max() < 1e-5
 
 
@@ -292,9 +302,10 @@ def test_ragged_rows():
   layer, variables = build()
   cache = KVCache.init(batch=2, capacity=8, num_kv_heads=2, head_dim=8)
   places = jnp.asarray([[0, 1, 2, 3, 4, 5], [EMPTY, EMPTY, 0, 1, 2, 3]])
-  got, aux = layer.apply(variables, X, cache=cache, positions=places)
-  whole, _ = layer.apply(variables, X)
-  alone, _ = layer.apply(variables, X[1:, 2:])
+  apply = suite.jit(layer.apply)
+  got, aux = apply(variables, X, cache=cache, positions=places)
+  whole, _ = apply(variables, X)
+  alone, _ = apply(variables, X[1:, 2:])
   np.testing.assert_allclose(got[0], whole[0], atol=1e-5)
   np.testing.assert_allclose(got[1:, 2:], alone, atol=1e-5)
   assert aux["cache"].positions[1, :6].tolist() == places[1].tolist()
@@ -337,5 +348,5 @@ def test_inputs_that_exclude_each_other():
 
 def test_norms_of_flax_serve_too():
   layer, variables = build(qk_norm=nn.LayerNorm, dtype=jnp.bfloat16)
-  assert layer.apply(variables, X)[0].dtype == jnp.bfloat16
+  assert jax.eval_shape(layer.apply, variables, X)[0].dtype == jnp.bfloat16
   assert shapes(variables)["q_norm/bias"] == (8,)
