@@ -11,15 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from isthmus.attention.mask import Window, check_window, conditions
 from isthmus.pallas.flash.lists import (
   Lists,
+  capacities,
   dropped,
   listed,
-  overflowed,
   to_blocks,
 )
 from isthmus.pallas.flash.plan import classify, most, tiles
@@ -30,7 +29,6 @@ from isthmus.pallas.flash.predicate import (
   Predicate,
   Prefix,
   Strided,
-  both,
 )
 
 Block = tuple[int, int]
@@ -307,55 +305,24 @@ class BlockMask:
   @property
   def density(self) -> Float32[Array, ""]:
     """The share of blocks that are listed, whole or in part."""
-    full, partial = self._blocks()
+    full, partial = self.to_blocks()
     return jnp.mean(full | partial, dtype=jnp.float32)
 
-  def __and__(self, other: "BlockMask") -> "BlockMask":
-    """The keys that both masks show.
+  def __and__(self, other: Any) -> Any:
+    """The keys that both masks show; see `intersection`."""
+    from isthmus.attention.block_algebra import intersection
 
-    Raises:
-      ValueError: lengths, batches or heads that differ, or blocks of which
-        neither divides the other.
-    """
-    a, b = _alike(self, other)
-    (fa, pa), (fb, pb) = a._blocks(), b._blocks()
-    full = fa & fb
-    partial = (fa | pa) & (fb | pb) & ~full
-    (na, ma), (nb, mb) = _places(a), _places(b)
-    sizes = min(na, nb), min(na + ma, nb + mb, ma + mb)
-    predicate, q, k = a.predicate, a.q, a.k
-    if not _same(a, b):
-      predicate = both(a.predicate, b.predicate)
-      q, k = (*a.q, *b.q), (*a.k, *b.k)
-    return _combined(a, b, full, partial, sizes, (predicate, q, k))
+    if not isinstance(other, BlockMask):
+      return NotImplemented
+    return intersection(self, other)
 
-  def __or__(self, other: "BlockMask") -> "BlockMask":
-    """The keys that either mask shows.
+  def __or__(self, other: Any) -> Any:
+    """The keys that either mask shows; see `union`."""
+    from isthmus.attention.block_algebra import union
 
-    Raises:
-      NotImplementedError: block lists and another predicate, which no one
-        predicate expresses.
-      ValueError: as `&` does.
-    """
-    a, b = _alike(self, other)
-    predicate, q, k = a.predicate, a.q, a.k
-    if not _same(a, b):
-      if not (a.exact and b.exact):
-        raise NotImplementedError(
-          f"union of block lists under {a.predicate} with ones under "
-          f"{b.predicate}: a block of one may show elements that the other's "
-          "predicate hides; add the other's blocks to from_blocks instead"
-        )
-      predicate, q, k = None, (), ()
-      if a.predicate is not None and b.predicate is not None:
-        predicate = Either(a.predicate, b.predicate)
-        q, k = (*a.q, *b.q), (*a.k, *b.k)
-    (fa, pa), (fb, pb) = a._blocks(), b._blocks()
-    full = fa | fb
-    (na, ma), (nb, mb) = _places(a), _places(b)
-    return _combined(
-      a, b, full, (pa | pb) & ~full, (na + nb, ma + mb), (predicate, q, k)
-    )
+    if not isinstance(other, BlockMask):
+      return NotImplemented
+    return union(self, other)
 
   def to_dense(self) -> Bool[Array, "#b #n t s"]:
     """The element mask; for tests and pictures of short sequences.
@@ -370,77 +337,44 @@ class BlockMask:
        [1 1 1 0]
        [1 1 1 1]]
     """
-    t, s = self.lengths
-    bq, bk = self.lists.block
-    full, partial = (
-      jnp.repeat(jnp.repeat(x, bq, axis=2), bk, axis=3)[..., :t, :s]
-      for x in self._blocks()
-    )
-    if self.predicate is not None:
-      i, j = jnp.arange(t)[:, None], jnp.arange(s)
-      heads = full.shape[1]
-      k = (
-        jnp.repeat(x, heads // x.shape[1], axis=1) if x.shape[1] > 1 else x
-        for x in self.k
-      )
-      partial = partial & self.predicate(
-        i,
-        j,
-        tuple(x[..., None] for x in self.q),
-        tuple(x[..., None, :] for x in k),
-      )
-    return full | partial
+    from isthmus.attention.block_picture import dense
+
+    return dense(self)
 
   def plot(self, row: int = 0, head: int = 0, ax: Any = None) -> Any:
-    """Draws the blocks: white is skipped, grey in part, blue whole.
+    """Draws the blocks on matplotlib axes (default new ones), returned.
 
-    Query blocks that overflowed are red.
-
-    Args:
-      row, head: of the batch and of the heads.
-      ax: matplotlib axes to draw on; default new ones.
-
-    Returns:
-      The axes.
+    White is skipped, grey seen in part, blue whole; query blocks that
+    overflowed are red.
 
     Example:
       >>> ax = BlockMask.causal(256).plot()
       >>> ax.get_title()
       'row 0, head 0: 0.750 of the blocks'
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
+    from isthmus.attention.block_picture import draw
 
-    full, partial = (np.asarray(x[row, head]) for x in self._blocks())
-    shades = np.where(full, 2, np.where(partial, 1, 0))
-    shades[np.asarray(overflowed(self.lists)[row, head])] = 3
-    ax = plt.subplots()[1] if ax is None else ax
-    colours = ListedColormap(["white", "0.7", "tab:blue", "tab:red"])
-    (bq, bk), (qb, kb) = self.lists.block, shades.shape
-    ax.imshow(
-      shades,
-      cmap=colours,
-      vmin=0,
-      vmax=3,
-      extent=(0, kb * bk, qb * bq, 0),
-      interpolation="nearest",
-    )
-    ax.set(xlabel="key", ylabel="query")
-    share = np.mean(full | partial)
-    ax.set_title(f"row {row}, head {head}: {share:.3f} of the blocks")
-    return ax
+    return draw(self, row, head, ax)
 
   def __repr__(self) -> str:
     (t, s), (bq, bk) = self.lengths, self.lists.block
     batch, heads = self.lists.full_num.shape[-3:-1]
-    full, partial = _places(self)
+    full, partial = capacities(self.lists)
     return (
       f"BlockMask({t} queries, {s} keys, blocks {bq} x {bk}, batch {batch}, "
       f"heads {heads}, capacity {full} + {partial}, {self.predicate})"
     )
 
-  def _blocks(self):
-    """(full, partial), bool [b|1, n|1, qb, kb]."""
+  def to_blocks(
+    self,
+  ) -> tuple[Bool[Array, "#b #n qb kb"], Bool[Array, "#b #n qb kb"]]:
+    """Which blocks are seen whole, and which in part.
+
+    Example:
+      >>> full, partial = BlockMask.causal(4, block=(2, 2)).to_blocks()
+      >>> full[0, 0].tolist(), partial[0, 0].tolist()
+      ([[False, False], [True, False]], [[True, False], [False, True]])
+    """
     kb = -(-self.lengths[1] // self.lists.block[1])
     full, partial = to_blocks(self.lists, kb)
     return full, jnp.zeros_like(full) if partial is None else partial
@@ -461,64 +395,6 @@ def _exact(predicate, q, k, t, s, block, capacity):
     capacity=capacity,
   )
   return BlockMask(lists, q, k, predicate, (t, s), exact=True)
-
-
-def _alike(a, b):
-  """Both masks in blocks of one size."""
-  if not isinstance(b, BlockMask):
-    raise TypeError(f"a BlockMask and a {type(b).__name__}")
-  if a.lengths != b.lengths:
-    raise ValueError(f"masks of (queries, keys) {a.lengths} and {b.lengths}")
-  x, y = a.lists.full_num.shape[:2], b.lists.full_num.shape[:2]
-  for name, m, n in zip(("batch", "heads"), x, y, strict=True):
-    if m != n and 1 not in (m, n):
-      raise ValueError(f"masks of {name} {m} and {n}")
-  (aq, ak), (bq, bk) = a.lists.block, b.lists.block
-  if max(aq, bq) % min(aq, bq) or max(ak, bk) % min(ak, bk):
-    raise ValueError(f"blocks of {a.lists.block} don't fit {b.lists.block}")
-  return (_cut(x, (min(aq, bq), min(ak, bk))) for x in (a, b))
-
-
-def _cut(mask, block):
-  """The mask in smaller blocks."""
-  (t, s), heads = mask.lengths, mask.lists.full_num.shape[1]
-  lists = tiles(
-    mask.lists,
-    mask.predicate,
-    mask.q,
-    mask.k,
-    t=t,
-    s=s,
-    block=block,
-    num_heads=heads,
-    mask_end=False,
-  )
-  return dataclasses.replace(mask, lists=lists)
-
-
-def _same(a, b):
-  """Whether one predicate on the same operands is that of both."""
-  pairs = zip((*a.q, *a.k), (*b.q, *b.k), strict=False)
-  return a.predicate == b.predicate and all(x is y for x, y in pairs)
-
-
-def _places(mask):
-  """The capacities, full and partial."""
-  lists = mask.lists
-  partial = 0 if lists.partial is None else lists.partial.shape[-1]
-  return lists.full.shape[-1], partial
-
-
-def _combined(a, b, full, partial, sizes, rule):
-  predicate, q, k = rule
-  lists = listed(
-    full,
-    partial if sizes[1] else None,
-    block=a.lists.block,
-    capacity=sizes,
-    lost=dropped(a.lists) + dropped(b.lists),
-  )
-  return BlockMask(lists, q, k, predicate, a.lengths, a.exact and b.exact)
 
 
 def _check(block, capacity):

@@ -180,6 +180,17 @@ def dropped(lists: Lists) -> Int32[Array, "#b #n qb"]:
   return lost + jnp.maximum(lists.partial_num - lists.partial.shape[-1], 0)
 
 
+def capacities(lists: Lists) -> tuple[int, int]:
+  """The places of a row in both lists.
+
+  Example:
+    >>> capacities(listed(jnp.ones((1, 1, 2, 3), bool), block=(64, 64)))
+    (3, 0)
+  """
+  partial = 0 if lists.partial is None else lists.partial.shape[-1]
+  return lists.full.shape[-1], partial
+
+
 def overflowed(lists: Lists) -> Bool[Array, "#b #n qb"]:
   """Which query blocks are NaN, because a list of theirs was too short.
 

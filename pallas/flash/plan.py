@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from isthmus.pallas.flash.lists import Lists, dropped, listed, to_blocks
+from isthmus.pallas.flash.lists import (
+  Lists,
+  capacities,
+  dropped,
+  listed,
+  to_blocks,
+)
 from isthmus.pallas.flash.predicate import (
   Band,
   BlockDiagonal,
@@ -200,7 +206,7 @@ def tiles(
     if partial is not None:
       partial = _cut(partial, times, t, s, block)
     lost = _rows(dropped(lists), times[0], full.shape[-2])
-    sizes = _capacities(lists, times[1])
+    sizes = tuple(size * times[1] for size in capacities(lists))
     if partial is not None and predicate is not None and times != (1, 1):
       some, every = classify(predicate, q, k, **ask)
       full, partial = full | (partial & every), partial & some & ~every
@@ -259,7 +265,7 @@ def restrict(
   tested = full & some & ~every
   if partial is not None:
     tested = tested | (partial & some)
-  sizes = _capacities(lists, 1)
+  sizes = capacities(lists)
   more = most(predicate, lists.block, full.shape[-1])[1]
   sizes = (sizes[0], min(sizes[0], more) + sizes[1])
   return _listed(full & every, tested, dropped(lists), lists.block, sizes)
@@ -307,12 +313,6 @@ def _times(lists, block, t):
       f"blocks of {lists.block} are not multiples of the tile {block}"
     )
   return lists.block[0] // block[0], lists.block[1] // block[1]
-
-
-def _capacities(lists, times):
-  """Places that `times` tiles for each entry take, full and partial."""
-  partial = 0 if lists.partial is None else lists.partial.shape[-1]
-  return lists.full.shape[-1] * times, partial * times
 
 
 def _rows(x, times, rows):

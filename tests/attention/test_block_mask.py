@@ -10,165 +10,40 @@ import pytest
 from isthmus.attention import attention
 from isthmus.attention.block_mask import BlockMask
 from isthmus.pallas.flash.lists import to_blocks
-from isthmus.pallas.flash.predicate import Band, Segments
-
-T, S = 21, 26
-IDS = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, S))))
-IDS = IDS.astype(jnp.int32)
-PREFIX = jnp.asarray([3, 12], jnp.int32)
-BLOCKS = np.random.default_rng(1).random((2, 2, 3, 4)) < 0.5
-# A mask in blocks of a size, and its sentence on positions p, j of a row.
-MASKS = {
-  "full": (
-    lambda block: BlockMask.full(T, S, block=block),
-    lambda row, p, j: True,
-  ),
-  "causal": (
-    lambda block: BlockMask.causal(T, S, block=block),
-    lambda row, p, j: j <= p,
-  ),
-  "window": (
-    lambda block: BlockMask.window((5, 2), T, S, block=block),
-    lambda row, p, j: p - 5 <= j <= p + 2,
-  ),
-  "window to one side": (
-    lambda block: BlockMask.window((None, 3), T, S, block=block),
-    lambda row, p, j: j <= p + 3,
-  ),
-  "segments": (
-    lambda block: BlockMask.segments(IDS[:, -T:], IDS, block=block),
-    lambda row, p, j: IDS[row, p] == IDS[row, j],
-  ),
-  "prefix": (
-    lambda block: BlockMask.prefix(7, T, S, block=block),
-    lambda row, p, j: j <= p or j < 7,
-  ),
-  "prefix of each row": (
-    lambda block: BlockMask.prefix(PREFIX, T, S, block=block),
-    lambda row, p, j: j <= p or j < PREFIX[row],
-  ),
-  "block diagonal": (
-    lambda block: BlockMask.block_diagonal(6, T, S, block=block),
-    lambda row, p, j: p // 6 == j // 6,
-  ),
-  "strided": (
-    lambda block: BlockMask.strided(9, T, S, width=2, block=block),
-    lambda row, p, j: (p - j) % 9 < 2,
-  ),
-}
-
-
-def _sentence(name):
-  """bool [b, 1, T, S] by loops; the last query stands at the last key."""
-  seen = MASKS[name][1]
-  rows = 2 if name in ("segments", "prefix of each row") else 1
-  mask = np.zeros((rows, 1, T, S), bool)
-  for row, _, i, j in np.ndindex(mask.shape):
-    mask[row, 0, i, j] = seen(row, i + S - T, j)
-  return mask
-
-
-def _from_blocks(**kwargs):
-  blocks = jnp.asarray(BLOCKS)
-  lengths = {"q_length": T, "kv_length": S}
-  return BlockMask.from_blocks(blocks, block=(8, 8), **lengths, **kwargs)
-
-
-def _spread(blocks, block=(8, 8)):
-  blocks = np.repeat(np.repeat(blocks, block[0], axis=2), block[1], axis=3)
-  return blocks[..., :T, :S]
-
-
-_dense = jax.jit(BlockMask.to_dense)
-
-
-@jax.jit
-def _combine(a, b):
-  return a & b, a | b
-
-
-def _same(mask, expected):
-  ours = _dense(mask)
-  np.testing.assert_array_equal(ours, np.broadcast_to(expected, ours.shape))
-  assert ours.shape == (*np.shape(expected)[:2], T, S)
-  assert mask.dropped == 0
+from isthmus.pallas.flash.predicate import Segments
+from tests.attention.masks import (
+  BLOCKS,
+  IDS,
+  MASKS,
+  S,
+  T,
+  from_blocks,
+  same,
+  sentence,
+  spread,
+)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_constructors(name):
-  expected = _sentence(name)
+  expected = sentence(name)
   assert expected.any()
   block = (4, 8)
   mask = MASKS[name][0](block)
   assert mask.lists.block == block and mask.lengths == (T, S)
-  _same(mask, expected)
+  same(mask, expected)
   full = to_blocks(mask.lists, -(-S // block[1]))[0]
-  assert (expected | ~_spread(np.asarray(full), block)).all()
+  assert (expected | ~spread(np.asarray(full), block)).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_from_blocks(causal):
-  expected = _spread(BLOCKS)
+  expected = spread(BLOCKS)
   if causal:
-    expected = expected & _sentence("causal")
-  mask = jax.jit(lambda: _from_blocks(causal=causal))()
-  _same(mask, expected)
+    expected = expected & sentence("causal")
+  mask = jax.jit(lambda: from_blocks(causal=causal))()
+  same(mask, expected)
   assert (mask.lists.partial is not None) == causal
-
-
-PAIRS = [
-  ("causal", "window", (8, 8)),
-  ("causal", "segments", (4, 16)),
-  ("full", "strided", (8, 8)),
-  ("prefix of each row", "segments", (8, 8)),
-  ("block diagonal", "strided", (16, 4)),
-]
-
-
-@pytest.mark.parametrize("first,second,block", PAIRS)
-def test_intersections_and_unions(first, second, block):
-  """Also of blocks of two sizes."""
-  x, y = _sentence(first), _sentence(second)
-  a, b = MASKS[first][0]((8, 8)), MASKS[second][0](block)
-  both, either = _combine(a, b)
-  _same(both, x & y)
-  _same(either, x | y)
-  smaller = (min(8, block[0]), min(8, block[1]))
-  assert both.lists.block == either.lists.block == smaller
-  assert both.exact and either.exact
-
-
-def test_operands_of_both_are_taken_once():
-  mask = MASKS["segments"][0]((8, 8))
-  for one in (mask & mask, mask | mask):
-    assert one.predicate == Segments() and len(one.q) == len(one.k) == 1
-    _same(one, _sentence("segments"))
-
-
-def test_algebra_with_block_lists():
-  expected = _spread(BLOCKS)
-  mask, causal = _from_blocks(), MASKS["causal"][0]((8, 8))
-  seen = _sentence("causal")
-  for both in (mask & causal, causal & mask):
-    _same(both, expected & seen)
-    assert both.predicate == Band(None, 0, S - T) and not both.exact
-  segments = MASKS["segments"][0]((8, 8))
-  _same(
-    jax.jit(lambda *x: x[0] & x[1] & x[2])(mask, segments, causal),
-    expected & seen & _sentence("segments"),
-  )
-  flipped = BlockMask.from_blocks(
-    jnp.asarray(~BLOCKS), block=(8, 8), q_length=T, kv_length=S, causal=True
-  )
-  _same(
-    _from_blocks(causal=True) | flipped, np.broadcast_to(seen, (2, 2, T, S))
-  )
-  _same(mask | MASKS["full"][0]((8, 8)), np.ones((2, 2, T, S), bool))
-
-
-def test_a_union_that_no_predicate_expresses_is_refused():
-  with pytest.raises(NotImplementedError, match="block lists under None with"):
-    _ = _from_blocks() | MASKS["causal"][0]((8, 8))
 
 
 def test_lists_are_as_short_as_the_mask_allows():
@@ -183,7 +58,7 @@ def test_rows_over_capacity_are_nan_and_counted():
   """In outputs and gradients; the other rows are as they were."""
   count = BLOCKS.sum(-1)
   assert (count > 2).any() and (count <= 2).any()
-  mask, whole = _from_blocks(capacity=2), _from_blocks()
+  mask, whole = from_blocks(capacity=2), from_blocks()
   assert mask.dropped == np.maximum(count - 2, 0).sum()
   assert mask.dropped.dtype == jnp.int32
   lost = np.repeat(count > 2, 8, axis=2)[..., :T]  # [b, n, t]
@@ -216,8 +91,8 @@ def test_rows_over_capacity_are_nan_and_counted():
 def test_attention_with_a_mask_and_conditions():
   q = jax.random.normal(jax.random.key(0), (2, T, 2, 8))
   k, v = jax.random.normal(jax.random.key(1), (2, 2, S, 1, 8))
-  mask = _from_blocks() & MASKS["window"][0]((8, 8))
-  seen = _spread(BLOCKS) & _sentence("window") & _sentence("causal")
+  mask = from_blocks() & MASKS["window"][0]((8, 8))
+  seen = spread(BLOCKS) & sentence("window") & sentence("causal")
   call = functools.partial(attention, causal=True, return_lse=True, impl="xla")
   o, lse = jax.jit(call)(q, k, v, mask=mask)
   x = jnp.einsum("btnd,bsd->bnts", q, k[:, :, 0]) * 8**-0.5
@@ -295,25 +170,8 @@ def test_nothing_grows_with_elements():
 
 def test_density():
   assert BlockMask.causal(32, block=(8, 8)).density == 10 / 16
-  assert _from_blocks().density == np.float32(BLOCKS.mean())
+  assert from_blocks().density == np.float32(BLOCKS.mean())
   assert BlockMask.strided(4, 64, block=(8, 8)).density == 1
-
-
-def test_plot_shows_every_kind_of_block():
-  plt = pytest.importorskip("matplotlib.pyplot")
-  mask = BlockMask.from_blocks(
-    jnp.asarray([[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]]).astype(bool),
-    block=(8, 8),
-    capacity=1,
-    causal=True,
-  )
-  ax = mask.plot()
-  # Grey, white; blue and grey; the last row lost a block.
-  assert ax.images[0].get_array().tolist() == [[1, 0, 0], [2, 1, 0], [3, 3, 3]]
-  assert ax.images[0].get_extent() == [0, 24, 24, 0]
-  other = plt.subplots()[1]
-  assert mask.plot(ax=other) is other
-  plt.close("all")
 
 
 def test_repr_is_short_also_of_traced_masks():
@@ -339,13 +197,6 @@ def test_refusals_name_both_numbers():
   ):
     with pytest.raises(ValueError, match=message):
       BlockMask.from_blocks(blocks, **{"block": (8, 8), **settings})
-  a = BlockMask.from_blocks(blocks, block=(8, 8))
-  with pytest.raises(ValueError, match=r"\(24, 32\) and \(32, 32\)"):
-    _ = a & BlockMask.causal(32)
-  with pytest.raises(ValueError, match=r"blocks of \(8, 8\) don't fit \(8, 12"):
-    _ = a & BlockMask.full(24, 32, block=(8, 12))
-  with pytest.raises(ValueError, match="masks of heads 2 and 3"):
-    _ = a | BlockMask.from_blocks(jnp.ones((1, 3, 3, 4), bool), block=(8, 8))
   with pytest.raises(ValueError, match="size 0"):
     BlockMask.block_diagonal(0, 8)
   with pytest.raises(ValueError, match="a stride of 4 has no width 5"):
