@@ -114,6 +114,11 @@ def inputs(b, t, s, n, k, d, dv=None, dtype=jnp.float32, seed=0):
   return q, key, v, do, jax.random.normal(keys[4], (b, n, t))
 
 
+def segments(b, t, seed=0):
+  cuts = np.random.default_rng(seed).random((b, t)) < 0.3
+  return jnp.asarray(np.cumsum(cuts, axis=1), jnp.int32)
+
+
 def close(ours, wide, naive, factor, slack):
   """max |ours - wide| <= factor max |naive - wide| + slack; both sides."""
   ours, naive = (np.asarray(x, np.float64) for x in (ours, naive))
@@ -136,8 +141,8 @@ def check(ours, wide, naive, slack):
 def by_hand(args, do, dlse, mask, *, softcap=None, dtype=None):
   """((o, lse), gradients) by numpy, which compiles nothing.
 
-  In float64; with a `dtype` each intermediate is rounded to it, as attention
-  written out in that dtype does.
+  In float64; with a `dtype` sums are in float32 and each intermediate is
+  rounded to it, as attention written out in that dtype does.
 
   Args:
     args: (q, k, v) or (q, k, v, sinks).
@@ -147,18 +152,20 @@ def by_hand(args, do, dlse, mask, *, softcap=None, dtype=None):
     dtype: that is rounded to.
   """
 
-  def near(x):
-    return x if dtype is None else x.astype(dtype).astype(np.float64)
+  wide = np.float64 if dtype is None else np.float32
 
-  q, k, v, *sinks = (near(np.asarray(x, np.float64)) for x in args)
-  do, scale = np.asarray(do, np.float64).swapaxes(1, 2), q.shape[-1] ** -0.5
+  def near(x):
+    return x if dtype is None else x.astype(dtype).astype(wide)
+
+  q, k, v, *sinks = (near(np.asarray(x, wide)) for x in args)
+  do, scale = np.asarray(do, wide).swapaxes(1, 2), wide(q.shape[-1] ** -0.5)
   heads, group = k.shape[2], q.shape[2] // k.shape[2]
   q = q.swapaxes(1, 2)
   k, v = (x.swapaxes(1, 2).repeat(group, axis=1) for x in (k, v))
-  x, slope = near(near(q @ k.swapaxes(-1, -2)) * near(np.float64(scale))), 1
+  x, slope = near(near(q @ k.swapaxes(-1, -2)) * near(scale)), wide(1)
   if softcap is not None:
-    unit = near(np.tanh(x / softcap))
-    x, slope = near(softcap * unit), near(1 - unit**2)
+    unit = near(np.tanh(x / wide(softcap)))
+    x, slope = near(wide(softcap) * unit), near(1 - unit**2)
   p = np.where(mask, near(np.exp(np.where(mask, x, 0))), 0)
   total = p.sum(-1)
   if sinks:
@@ -169,7 +176,7 @@ def by_hand(args, do, dlse, mask, *, softcap=None, dtype=None):
   total = np.where(empty, 1, total)
   p = near(p / total[..., None])
   o, lse = near(p @ v), np.where(empty, -np.inf, near(np.log(total)))
-  dlse = np.where(empty, 0, 0 if dlse is None else np.asarray(dlse, np.float64))
+  dlse = np.where(empty, 0, 0 if dlse is None else np.asarray(dlse, wide))
   dp = near(do @ v.swapaxes(-1, -2))
   delta = near(np.sum(p * dp, axis=-1)) - dlse
   dx = near(near(p * (dp - delta[..., None])) * slope * scale)

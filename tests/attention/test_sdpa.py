@@ -9,6 +9,7 @@ import pytest
 
 from isthmus.attention import (
   EMPTY,
+  BlockMask,
   attention,
   explain,
   report,
@@ -19,14 +20,10 @@ from tests.attention.oracle import (
   dense_mask,
   inputs,
   oracle,
+  segments,
   vjp,
   wide_vjp,
 )
-
-
-def segments(b, t, seed=0):
-  cuts = np.random.default_rng(seed).random((b, t)) < 0.3
-  return jnp.asarray(np.cumsum(cuts, axis=1), jnp.int32)
 
 
 def places(b, n, t, high, seed=0):
@@ -366,3 +363,59 @@ def test_checkpoint_with_the_policy_keeps_out_and_lse():
   plain = str(jax.make_jaxpr(jax.grad(lambda q: attention(q, k, v).sum()))(q))
   assert count(policy=save_attention) == plain.count("dot_general")
   assert count() > count(policy=save_attention)
+
+
+def test_remat_under_the_policy_runs_the_walk_once():
+  """Long calls walk along chunks: a loop forward, and one backward."""
+  q, k, v, _, _ = inputs(1, 300, 300, 2, 2, 8)
+
+  def count(**kwargs):
+    f = jax.checkpoint(
+      lambda q: attention(q, k, v, causal=True).sum(), **kwargs
+    )
+    return str(jax.make_jaxpr(jax.grad(f))(q)).count(" scan[")
+
+  assert count(policy=save_attention) == 2
+  assert count() == 3
+
+
+def test_explain_takes_masks_and_keys_as_they_are():
+  s = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+  rows = explain(
+    s,
+    s,
+    s,
+    mask=BlockMask.causal(256),
+    dropout_rate=0.1,
+    dropout_key=jax.random.key(0),
+    shard_axes=((), ()),
+  )
+  reasons = {row.name: row.reason for row in rows}
+  assert reasons["mosaic"] and reasons["cudnn"] and not reasons["chunked"]
+  with pytest.raises(ValueError, match="'ring'"):
+    explain(s, s, s, shard_axes=("ring", ()))
+
+
+GPU_DEFAULT = {
+  "plain": ({}, "bfloat16"),
+  "packed": ({"segment_ids": jnp.zeros((1, 256), jnp.int32)}, "bfloat16"),
+  "float32": ({}, "float32"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_DEFAULT)
+def test_the_default_on_gpu_is_what_explain_says(case):
+  """And it is a kernel wherever one takes the call."""
+  settings, dtype = GPU_DEFAULT[case]
+  q, k, v, _, _ = inputs(1, 256, 256, 4, 4, 64, dtype=jnp.dtype(dtype))
+  rows = explain(q, k, v, causal=True, **settings)
+  (name,) = [row.name for row in rows if row.verdict == "runs"]
+  print(f"{case}: {name} runs")
+  assert (name == "chunked") == (dtype == "float32"), rows
+
+  def text(impl):
+    f = functools.partial(attention, causal=True, impl=impl, **settings)
+    return jax.jit(f).lower(q, k, v).as_text()
+
+  assert text(None) == text(name)
