@@ -74,7 +74,7 @@ def summary() -> Iterator[str]:
     >>> for line in list(summary())[1:]:
     ...   print(line)
     python 3..., isthmus 0..., jax 0..., flax 0..., optax 0..., numpy 2...
-    attention, bfloat16, causal: xla
+    attention, bfloat16, causal: chunked
     ...
   """
   devices = jax.local_devices()

@@ -19,6 +19,12 @@ class Options:
       is asked within partial blocks only (full ones satisfy it, and blocks
       that are not listed are not seen).
     return_lse: whether the caller wants (o, lse).
+
+  Example:
+    >>> from isthmus.pallas.flash.predicate import Band
+    >>> causal = Options(scale=0.125, predicate=Band(None, 0))
+    >>> causal == Options(scale=0.125, predicate=Band(None, 0))
+    True
   """
 
   scale: float = 1.0
@@ -40,6 +46,10 @@ class Extras(NamedTuple):
     first: int32 [2], the batch row and query head that this call's first ones
       are of a whole that is divided over devices; None is (0, 0). Dropout
       adds them to its indices, so that the whole has one mask.
+
+  Example:
+    >>> Extras(q=("by query",), k=("by key",)).lists is None
+    True
   """
 
   lists: Any = None

@@ -55,8 +55,8 @@ def may_miss(options: Options, extras: Extras, t: int, s: int) -> bool:
   Only then can there be padding, and NaN in it.
 
   Example:
-    >>> causal = Options(predicate=Band(None, 0, offset=4 - 3))
-    >>> may_miss(causal, Extras(), 3, 4), may_miss(causal, Extras(), 5, 4)
+    >>> first = Options(predicate=Band(None, 0, offset=0))
+    >>> may_miss(first, Extras(), 4, 4), may_miss(first, Extras(), 3, 4)
     (False, True)
   """
   band = options.predicate

@@ -51,6 +51,7 @@ def test_equals_oracle(impl, case):
 def test_equals_oracle_on_gpu(impl, case):
   """An implementation asked by name that refuses what it is to take fails."""
   errors = check(case, impl)
+  assert errors.keys() >= {"o", "dq", "dk", "dv"}
   worst = max(error / allowed for error, allowed in errors.values())
   print(f"{impl} ran {case}: at most {worst:.2f} of what is allowed")
 

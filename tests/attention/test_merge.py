@@ -95,6 +95,7 @@ def test_gradients_of_both_results_by_finite_differences():
       for key, shape in zip(keys, shapes, strict=False)
     ]
     call = jax.jit(lambda *x: merge(*x))
+    assert call(*args)[0].dtype == jnp.float64
     check_grads(call, args, order=1, modes=("rev",))
 
 
