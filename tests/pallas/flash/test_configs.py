@@ -3,6 +3,7 @@
 import copy
 import json
 
+import jax
 import pytest
 
 from isthmus.pallas import table
@@ -15,6 +16,7 @@ from isthmus.pallas.flash import configs as module
 from isthmus.pallas.flash.configs import configs, guess, parse
 from isthmus.pallas.flash.mosaic_backward import BackwardConfig
 from isthmus.pallas.flash.mosaic_forward import ForwardConfig
+from tests.pallas.flash.hopper import Call, lowered, shapes
 
 ENTRY = {
   "forward": {"block_k": 64, "stages": 4, "ping_pong": False},
@@ -123,3 +125,20 @@ def test_packaged_tables_hold_what_kernels_take():
     assert found.forward.block_k in module.ALLOWED["block_k"]
     for config in (found.forward, found.queries, found.keys):
       assert config.stages in module.ALLOWED["stages"]
+
+
+@pytest.mark.parametrize(
+  "file", sorted(table.PACKAGED.glob("*/flash.json")), ids=lambda f: f.parent
+)
+def test_packaged_tables_fit_where_values_have_another_width(file, monkeypatch):
+  """Shared memory is counted while lowering."""
+  found = json.loads(file.read_text())
+  monkeypatch.setattr(table, "device_kind", lambda: found["device"])
+  for widths in ((64, 64), (64, 128), (128, 64), (192, 192), (256, 256)):
+    call = Call((256, 256), widths=widths)
+
+    def gradients(args, do, dlse, call=call):
+      return jax.vjp(call.function(), *args)[1]((do, dlse))
+
+    assert configs(*widths) == parse(found["best"][str(max(widths))], "")
+    assert "flash_backward_dq" in lowered(gradients, *shapes(call))[1]
