@@ -140,5 +140,7 @@ def test_packaged_tables_fit_where_values_have_another_width(file, monkeypatch):
     def gradients(args, do, dlse, call=call):
       return jax.vjp(call.function(), *args)[1]((do, dlse))
 
-    assert configs(*widths) == parse(found["best"][str(max(widths))], "")
+    entry = found["best"].get(str(max(widths)))
+    want = parse(entry, "") if entry else guess(max(widths))
+    assert configs(*widths) == want
     assert "flash_backward_dq" in lowered(gradients, *shapes(call))[1]
