@@ -87,7 +87,7 @@ def listing(call, *lead, block=BLOCK, seed=3):
 
 CALLS = {
   "causal, odd lengths, groups of 3, empty rows": Call(
-    (203, 113), (3, 1), predicate=causal(203, 113)
+    (203, 113), (6, 2), predicate=causal(203, 113)
   ),
   "lists of heads, causal": listing(
     Call((200, 300), predicate=causal(200, 300)), 1, 2, 2, 3
@@ -145,7 +145,7 @@ MORE = {
 }
 
 
-def padded(lengths=(140, 200), heads=(2, 1)):
+def padded(lengths=(140, 200), heads=(4, 2)):
   """Positions; the slots that are empty hold NaN."""
   (t, s), (n, k) = lengths, heads
   where = slots(k, s)
