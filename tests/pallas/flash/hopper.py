@@ -113,7 +113,8 @@ def on():
 def equals_oracle(call, ours=None):
   """Twice the error of attention in the dtype for o, thrice for gradients.
 
-  The lse, which is float32, may be off by 1e-4.
+  The lse, which is float32, may be off by 1e-4; with a softcap, on a GPU, by
+  what its approximate tanh is off by, 2**-11.
   """
   assert call.refused() is None
   args, do, dlse = call.arrays()
@@ -123,7 +124,10 @@ def equals_oracle(call, ours=None):
   exact = by_hand(args, do, dlse, **how)
   low = by_hand(args, do, dlse, dtype=jnp.dtype(call.dtype), **how)
   close(out[0], exact[0][0], low[0][0], 2, 1e-5)
-  close(out[1], exact[0][1], exact[0][1], 0, 1e-4)
+  slack = 1e-4
+  if call.softcap is not None and jax.default_backend() == "gpu":
+    slack += call.softcap * 2**-11
+  close(out[1], exact[0][1], exact[0][1], 0, slack)
   assert len(gradients) == len(args)
   for mine, best, naive in zip(gradients, exact[1], low[1], strict=True):
     assert mine.shape == best.shape
