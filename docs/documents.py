@@ -14,6 +14,7 @@ _SECTIONS = {
   "library.md": (
     "What there is",
     (
+      "Attention",
       "Data and weights without a download",
       "What the loop does",
       "Measured",

@@ -94,7 +94,7 @@ def fast(monkeypatch, tmp_path):
 
 
 def test_there_are_notebooks():
-  assert {"quickstart", "write_your_own_recipe"} <= {p.stem for p in SOURCES}
+  assert {"kernels", "quickstart", "write_your_own_recipe"} <= {p.stem for p in SOURCES}
   others = {p.stem for p in FOLDER.glob("*.ipynb")} - {p.stem for p in SOURCES}
   assert not others, f"without a source: {others}"
 
@@ -125,7 +125,7 @@ def test_the_machine_is_said_first(path):
 def test_it_runs_without_a_network(path, fast):
   text = printed(execute(path.read_text(), fast))
   assert "cpu: attention runs on XLA; the fast kernels need" in text
-  assert "jax " in text and "attention, bfloat16, causal: xla" in text
+  assert "jax " in text and "attention, bfloat16, causal: chunked" in text
   assert not list(fast.iterdir()), "a notebook writes beside itself"
 
 
