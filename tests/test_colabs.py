@@ -94,7 +94,9 @@ def fast(monkeypatch, tmp_path):
 
 
 def test_there_are_notebooks():
-  assert {"kernels", "quickstart", "write_your_own_recipe"} <= {p.stem for p in SOURCES}
+  assert {"kernels", "quickstart", "write_your_own_recipe"} <= {
+    p.stem for p in SOURCES
+  }
   others = {p.stem for p in FOLDER.glob("*.ipynb")} - {p.stem for p in SOURCES}
   assert not others, f"without a source: {others}"
 
