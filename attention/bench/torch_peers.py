@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from isthmus.attention.bench.case import BLOCK, Case
 from isthmus.attention.bench.peers import add_dsl_path
@@ -337,7 +338,9 @@ def _lists(blocks: np.ndarray) -> tuple[Any, Any]:
   return torch.from_numpy(num).cuda(), torch.from_numpy(index).cuda()
 
 
-def listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def listed(
+  blocks: Bool[np.ndarray, "*lead kb"],
+) -> tuple[Int32[np.ndarray, "*lead"], Int32[np.ndarray, "*lead kb"]]:
   """(num, indices), int32: how many blocks are True, and those first.
 
   Example:

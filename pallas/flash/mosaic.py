@@ -36,7 +36,14 @@ def attend(
   *,
   options: Options,
 ) -> tuple[Float[Array, "b t n dv"], Float[Array, "b n t"]]:
-  """(o, lse) of `isthmus.attention.attention`, whose checks are done."""
+  """(o, lse) of `isthmus.attention.attention`, whose checks are done.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 130, 2, 40), jnp.bfloat16)
+    >>> run = lambda x: attend(x, x, x, Extras(), options=Options())
+    >>> [y.shape for y in jax.eval_shape(run, x)]
+    [(1, 130, 2, 40), (1, 2, 130)]
+  """
   value_width = v.shape[3]
   width, wide = _width(q.shape[3]), _width(value_width)
   if max(width, wide) > 128:  # one buffer serves queries, then outputs
@@ -48,7 +55,13 @@ def attend(
 
 
 def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
-  """Why the kernels can't take a call, or None."""
+  """Why the kernels can't take a call, or None.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    >>> refuse(x, x, x, Extras(), options=Options())  # on a CPU
+    'it needs an NVIDIA Hopper GPU, and the platform is cpu'
+  """
   if not has_mosaic():
     return f"it needs jax 0.11, and this is {jax.__version__}"
   if not interpreting():
@@ -59,7 +72,12 @@ def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
 
 
 def refuse_device() -> str | None:
-  """Why this machine can't run the kernels, or None."""
+  """Why this machine can't run the kernels, or None.
+
+  Example:
+    >>> refuse_device()  # on a CPU
+    'it needs an NVIDIA Hopper GPU, and the platform is cpu'
+  """
   if platform() != "gpu":
     return f"it needs an NVIDIA Hopper GPU, and the platform is {platform()}"
   capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
@@ -72,7 +90,13 @@ def refuse_device() -> str | None:
 
 
 def refuse_call(q, k, v, extras: Extras, options: Options) -> str | None:
-  """What the kernels can't take on any machine."""
+  """What the kernels can't take on any machine.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.float32)
+    >>> refuse_call(x, x, x, Extras(), Options())
+    'it takes bfloat16 and float16, not float32'
+  """
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it takes bfloat16 and float16, not {q.dtype}"
   if options.dropout_rate:
@@ -214,7 +238,9 @@ def _clean_keys(options, q, k, v, extras):
 
   0 NaN is NaN, so masked probabilities alone would let padding through.
   """
-  if not extras.k:
+  if options.predicate is None or not may_miss(
+    options, extras, q.shape[1], k.shape[1]
+  ):
     return k, v
   some, _ = planning.classify(
     options.predicate,

@@ -8,6 +8,7 @@ so that the result is the same every time; the price is 7 products for 5.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,6 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from isthmus.pallas.flash.api import Options as Options
 from isthmus.pallas.flash.mosaic_forward import GROUPS, LOG2E
 from isthmus.pallas.flash.predicate import Band
 from isthmus.pallas.flash.tile import (
@@ -34,6 +36,7 @@ from isthmus.pallas.flash.tile import (
   tiled,
   wgmma,
 )
+from isthmus.pallas.flash.tile import Plan as Plan
 from isthmus.pallas.flash.walk import band_walk, list_walk
 
 
@@ -44,10 +47,14 @@ class BackwardConfig:
   Attributes:
     block: tokens of a step: keys for dq, queries for dk and dv.
     stages: steps in flight.
+
+  Example:
+    >>> BackwardConfig()
+    BackwardConfig(block=64, stages=4)
   """
 
   block: int = 64
-  stages: int = 3
+  stages: int = 4
 
 
 def _weights(x, lse, options, axis, seen):
@@ -70,6 +77,16 @@ def backward_queries(q, k, v, do, lse, delta, plan, options, config):
     plan: a `Plan` of key tiles for query tiles.
     options: see `isthmus.pallas.flash.api`.
     config: a `BackwardConfig`.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    >>> rows = jax.ShapeDtypeStruct((1, 2, 128), jnp.float32)
+    >>> plan, how = Plan((128, 128)), BackwardConfig()
+    >>> run = lambda x, rows: backward_queries(
+    ...   *(x, x, x, x, rows, rows), plan, Options(), how
+    ... )
+    >>> jax.eval_shape(run, x, rows).shape
+    (1, 128, 2, 64)
   """
   (b, _, n, d), heads, dv = q.shape, k.shape[2], v.shape[3]
   t, s = plan.lengths
@@ -213,6 +230,16 @@ def backward_keys(
     wanted: what is returned, in this order.
     plan: a `Plan` of query tiles for key tiles; its band is transposed.
     q, k, v, do, lse, delta, options, config: as in `backward_queries`.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    >>> rows = jax.ShapeDtypeStruct((1, 2, 128), jnp.float32)
+    >>> plan, how = Plan((128, 128)), BackwardConfig()
+    >>> run = lambda x, rows: backward_keys(
+    ...   *(x, x, x, x, rows, rows), plan, Options(), how
+    ... )
+    >>> [y.shape for y in jax.eval_shape(run, x, rows)]
+    [(1, 128, 2, 64), (1, 128, 2, 64)]
   """
   (b, _, n, d), heads, dv = q.shape, k.shape[2], v.shape[3]
   t, s = plan.lengths
@@ -259,7 +286,8 @@ def backward_keys(
     @pl.when(wg < GROUPS)
     def _compute():
       plgpu.set_max_registers(240, action="increase")
-      k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg] if with_dk else None
+      k_smem = k_smem2.at[wg]
+      v_smem: Any = v_smem2.at[wg] if with_dk else None
       base = row * BLOCK + wg * ROWS
       rows = (batch, pl.ds(base, ROWS), kv_head)
       plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem, k_full.at[wg])
@@ -316,7 +344,10 @@ def backward_keys(
       carry = tuple(filled((ROWS, widths[name]), 0.0) for name in wanted)
       carry = heads_loop(along, carry)
       # The results leave through the buffers of what has been used up.
-      buffers = {"dk": k_smem, "dv": v_smem if with_dk else k_smem}
+      buffers: dict[str, Any] = {
+        "dk": k_smem,
+        "dv": v_smem if with_dk else k_smem,
+      }
       for name, x in zip(wanted, carry, strict=True):
         x = x * options.scale if name == "dk" else x
         buffers[name][...] = x.astype(dtype)

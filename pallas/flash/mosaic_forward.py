@@ -16,6 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from isthmus.pallas.flash.api import Options as Options
 from isthmus.pallas.flash.tile import (
   BLOCK,
   ROWS,
@@ -34,6 +35,7 @@ from isthmus.pallas.flash.tile import (
   wgmma,
   where_partial,
 )
+from isthmus.pallas.flash.tile import Plan as Plan
 from isthmus.pallas.flash.walk import band_walk, list_walk
 
 LOG2E = math.log2(math.e)
@@ -48,6 +50,10 @@ class ForwardConfig:
     block_k: keys of a step; divides BLOCK.
     stages: steps whose keys and values are in flight.
     ping_pong: whether the warpgroups take turns at the tensor cores.
+
+  Example:
+    >>> ForwardConfig(stages=4)
+    ForwardConfig(block_k=128, stages=4, ping_pong=True)
   """
 
   block_k: int = 128
@@ -63,6 +69,14 @@ def forward(q, k, v, plan, options, config):
     plan: a `Plan`.
     options: see `isthmus.pallas.flash.api`.
     config: a `ForwardConfig`.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
+    >>> run = lambda x: forward(
+    ...   x, x, x, Plan((200, 200)), Options(), ForwardConfig()
+    ... )
+    >>> [y.shape for y in jax.eval_shape(run, x)]
+    [(1, 200, 2, 64), (1, 2, 256)]
   """
   (b, _, n, d), heads, dv = q.shape, k.shape[2], v.shape[3]
   t, s = plan.lengths

@@ -11,6 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from isthmus.pallas.compat import interpreted as interpreted
 from isthmus.pallas.compat import interpreting
 from isthmus.pallas.flash.predicate import Band
 
@@ -31,6 +32,10 @@ class Plan:
     order: int32 [b|1, n|1, rows], the rows of tiles by falling work, or None.
     q, k: operands of the predicate, padded to whole tiles.
     sinks: float32 [n], or None.
+
+  Example:
+    >>> Plan((256, 256), band=Band(None, 0)).masked(None)
+    True
   """
 
   lengths: tuple[int, int]
@@ -55,17 +60,32 @@ class Plan:
 
 
 def div(a: Any, b: int) -> Any:
-  """a // b of int32 that are not negative."""
+  """a // b of int32 that are not negative.
+
+  Example:
+    >>> int(div(jnp.int32(7), 2))
+    3
+  """
   return lax.div(a, jnp.int32(b))
 
 
 def rem(a: Any, b: int) -> Any:
-  """a % b of int32 that are not negative."""
+  """a % b of int32 that are not negative.
+
+  Example:
+    >>> int(rem(jnp.int32(7), 4))
+    3
+  """
   return lax.rem(a, jnp.int32(b))
 
 
 def entry(ref: Any, *at: Any) -> Any:
-  """ref[at], axes of size 1 being shared."""
+  """ref[at], axes of size 1 being shared.
+
+  Example:
+    >>> int(entry(jnp.array([[3, 5]]), 4, 1))
+    5
+  """
   shared = zip(at, ref.shape, strict=False)
   return ref[tuple(0 if size == 1 else x for x, size in shared)]
 
@@ -78,7 +98,15 @@ class _Sum:
 
 
 def wgmma(acc: Any, a: Any, b: Any) -> None:
-  """`acc += a b`, started; a is in registers or shared memory."""
+  """`acc += a b`, started; a is in registers or shared memory.
+
+  Example:
+    >>> x = jnp.full((2, 2), 3.0)
+    >>> with interpreted():
+    ...   print(accumulate(x, lambda acc: wgmma(acc, x, x)))
+    [[21. 21.]
+     [21. 21.]]
+  """
   if isinstance(acc, _Sum):
     acc.value += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
   else:
@@ -86,7 +114,14 @@ def wgmma(acc: Any, a: Any, b: Any) -> None:
 
 
 def accumulate(start: Any, multiply: Callable[[Any], None]) -> Any:
-  """`start` plus what `multiply(acc)` adds by `wgmma`."""
+  """`start` plus what `multiply(acc)` adds by `wgmma`.
+
+  Example:
+    >>> x = jnp.ones((1, 2))
+    >>> with interpreted():
+    ...   print(accumulate(x, lambda acc: wgmma(acc, x, jnp.eye(2))))
+    [[2. 2.]]
+  """
   if interpreting():
     acc = _Sum(start)
     multiply(acc)
@@ -101,7 +136,14 @@ def accumulate(start: Any, multiply: Callable[[Any], None]) -> Any:
 
 
 def product(shape: tuple[int, int], multiply: Callable[[Any], None]) -> Any:
-  """What `multiply(acc)` adds by `wgmma`, from zero."""
+  """What `multiply(acc)` adds by `wgmma`, from zero.
+
+  Example:
+    >>> x = jnp.ones((1, 3))
+    >>> with interpreted():
+    ...   print(product((1, 1), lambda acc: wgmma(acc, x, x.T)))
+    [[3.]]
+  """
   if interpreting():
     return accumulate(jnp.zeros(shape, jnp.float32), multiply)
 
@@ -127,6 +169,13 @@ def products(
     use: what is done with a.
     start: what b is added to, or a shape for zero.
     second: starts b.
+
+  Example:
+    >>> x = jnp.ones((1, 1))
+    >>> one = lambda acc: wgmma(acc, x, x)
+    >>> with interpreted():
+    ...   print(*products((1, 1), one, jnp.negative, (1, 1), one))
+    [[-1.]] [[1.]]
   """
   zero = isinstance(start, tuple)
   if interpreting():
@@ -146,14 +195,25 @@ def products(
 
 
 def filled(shape, value):
-  """A constant in the layout of an accumulator, or of its rows."""
+  """A constant in the layout of an accumulator, or of its rows.
+
+  Example:
+    >>> jax.eval_shape(lambda: filled((64,), 0.0)).dtype
+    dtype('float32')
+  """
   layout = plgpu.Layout.WGMMA
   layout = layout if len(shape) == 2 else layout.reduce(1)
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def spread(x, shape, axis):
-  """A vector along `axis` of a tile."""
+  """A vector along `axis` of a tile.
+
+  Example:
+    >>> print(spread(jnp.array([1, 2]), (2, 2), 0))
+    [[1 1]
+     [2 2]]
+  """
   return lax.broadcast_in_dim(x, shape, [axis])
 
 
@@ -169,6 +229,11 @@ def where_partial(partial: Any, step: Any, x: Any, other: float, seen: Any):
     x: a tile.
     other: what stands for elements that are not seen.
     seen: gives the `element_mask`, or None.
+
+  Example:
+    >>> x, seen = jnp.ones(2), lambda: jnp.array([True, False])
+    >>> print(*(where_partial(1, step, x, 0.0, seen) for step in (0, 1)))
+    [1. 0.] [1. 1.]
   """
 
   def mask(x):
@@ -189,6 +254,14 @@ def element_mask(refs, predicate, at, base, shape, *, queries, length):
     shape: of the tile.
     queries: the axis of the tile that holds queries, 0 or 1.
     length: keys there are, if the last tile is not whole; else None.
+
+  Example:
+    >>> refs, at, base = {"q": (), "k": ()}, (0, 0, 0), (0, 0)
+    >>> mask = lambda: element_mask(
+    ...   refs, Band(None, 0), at, base, (64, 64), queries=0, length=None
+    ... )
+    >>> jax.eval_shape(mask).shape
+    (64, 64)
   """
   keys = 1 - queries
   iota = functools.partial(
@@ -229,6 +302,22 @@ def call(body, arrays, plan, *, out_type, scratch, items, threads, name):
     items: CTAs.
     threads: warpgroups.
     name: of the kernel, for profiles.
+
+  Example:
+    >>> def copy(x_ref, plan, y_ref, scratch):
+    ...   y_ref[lax.axis_index("item")] = x_ref[lax.axis_index("item")]
+    >>> run = lambda x: call(
+    ...   copy,
+    ...   (x,),
+    ...   Plan((2, 2)),
+    ...   out_type=(jax.ShapeDtypeStruct((2,), jnp.int32),),
+    ...   scratch=(),
+    ...   items=2,
+    ...   threads=1,
+    ...   name="copy",
+    ... )
+    >>> jax.eval_shape(run, jnp.arange(2))[0].shape
+    (2,)
   """
   leaves, tree = jax.tree.flatten(plan.arrays())
   counts = (len(arrays), len(leaves), len(out_type))
@@ -256,7 +345,13 @@ def call(body, arrays, plan, *, out_type, scratch, items, threads, name):
 
 
 def drain(total: Any, stages: int, *barriers: Any) -> None:
-  """Waits until the last steps' buffers have been let go."""
+  """Waits until the last steps' buffers have been let go.
+
+  Example:
+    >>> drain(3, 2)  # without barriers there is nothing to wait for
+    >>> drain(0, 0) is None
+    True
+  """
   for back in range(stages):
 
     @pl.when(total > back)
@@ -267,6 +362,13 @@ def drain(total: Any, stages: int, *barriers: Any) -> None:
 
 
 def tiled(shape, dtype):
-  """Shared memory in the layout that wgmma reads."""
-  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  """Shared memory in the layout that wgmma reads.
+
+  Example:
+    >>> tiled((2, 64, 128), jnp.bfloat16).shape
+    (2, 64, 128)
+  """
+  tiling: Any = plgpu.TilingTransform  # whose base reads as an abstract class
+  swizzle: Any = plgpu.SwizzleTransform
+  transforms = (tiling((8, 64)), swizzle(128))
   return plgpu.SMEM(shape, dtype, transforms=transforms)

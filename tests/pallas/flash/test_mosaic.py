@@ -225,7 +225,6 @@ def test_nan_in_empty_slots_does_not_leak():
 
 
 @needs_mosaic
-@pytest.mark.xfail(strict=True, reason="keys outside every window are read")
 def test_nan_outside_of_every_window_does_not_leak():
   check_window()
 
