@@ -76,10 +76,9 @@ def _rank(rows, who):
 
 def _panel(axes, rows, names, colours):
   lengths = sorted({r.case.length for r in rows})
+  names = [who for who in names if any(r.who == who for r in rows)]
   for i, who in enumerate(names):
     points = sorted((r.case.length, r.tflops) for r in rows if r.who == who)
-    if not points:
-      continue
     x, y = zip(*points, strict=True)
     if len(lengths) == 1:
       axes.barh(i, y[0], color=colours[who])
