@@ -21,6 +21,8 @@ from tests.attention.masks import (
   spread,
 )
 
+pytestmark = pytest.mark.once
+
 
 @jax.jit
 def _combine(a, b):

@@ -23,6 +23,8 @@ from tests.attention.masks import (
   spread,
 )
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("name", MASKS)
 def test_constructors(name):

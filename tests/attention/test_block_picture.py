@@ -9,6 +9,8 @@ from isthmus.attention.block_picture import dense
 from isthmus.pallas.flash.lists import listed
 from isthmus.pallas.flash.predicate import Positions
 
+pytestmark = pytest.mark.once
+
 
 def test_dense_asks_the_predicate_in_partial_blocks_alone():
   """Operands by key are of kv heads: each serves two query heads."""

@@ -21,6 +21,8 @@ from tests.attention.cover import (
 )
 from tests.attention.oracle import by_hand, inputs, oracle, wide_vjp
 
+pytestmark = pytest.mark.once
+
 # Up to 512 tokens on a CPU; the oracle there is float64.
 CPU = {name: cases(name, 512) for name in ("xla", "chunked")}
 GPU = {name: cases(name, 4096) for name in ("mosaic", "cudnn", "chunked")}

@@ -20,6 +20,8 @@ from tests.attention.oracle import (
   wide_vjp,
 )
 
+pytestmark = pytest.mark.once
+
 
 def some_blocks(b, n, t, block, seed=0, **kwargs):
   draw = np.random.default_rng(seed).random(

@@ -10,6 +10,8 @@ from isthmus.attention import attention
 from isthmus.attention.merge import add_sinks, merge
 from tests.attention.oracle import inputs, vjp
 
+pytestmark = pytest.mark.once
+
 
 def halves(q, k, v, cut, **kwargs):
   s = k.shape[1]

@@ -8,6 +8,8 @@ import pytest
 
 from isthmus.pallas import table
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ if not has_mosaic():
 from isthmus.pallas.flash.configs import ALLOWED, guess, parse
 from isthmus.pallas.flash.mosaic_backward import BackwardConfig
 
+pytestmark = pytest.mark.once
+
 
 def fake_build(candidate):
   """128 tokens of keys above 128 columns: more memory than there is."""

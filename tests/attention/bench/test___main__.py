@@ -7,6 +7,8 @@ import pytest
 
 from isthmus.attention.bench import __main__, cli
 
+pytestmark = pytest.mark.once
+
 
 def test_it_calls_the_command():
   assert __main__.main is cli.main

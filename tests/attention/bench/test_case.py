@@ -13,6 +13,8 @@ from isthmus.attention.bench.case import (
   must,
 )
 
+pytestmark = pytest.mark.once
+
 SIZES = {"batch": 2, "length": 1024, "heads": 3, "width": 64}
 
 

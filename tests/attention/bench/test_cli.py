@@ -7,6 +7,8 @@ import pytest
 from isthmus.attention.bench import cli
 from isthmus.attention.bench.case import SPARSE, must
 
+pytestmark = pytest.mark.once
+
 SMALL = [
   *("--lengths", "256", "--dims", "16", "--hidden", "32", "--tokens", "256"),
   "--quick",

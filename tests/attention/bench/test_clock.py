@@ -4,8 +4,11 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from isthmus.attention.bench.clock import Clock, build, inputs, kernels
+
+pytestmark = pytest.mark.once
 
 
 def test_the_time_is_that_of_a_call():

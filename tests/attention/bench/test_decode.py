@@ -6,6 +6,8 @@ import pytest
 from isthmus.attention.bench.clock import Clock
 from isthmus.attention.bench.decode import Decode, Step, measure
 
+pytestmark = pytest.mark.once
+
 
 def test_the_rate_is_of_keys_and_values():
   step = Step(batch=2, length=1024, heads=8, kv_heads=4, width=64)

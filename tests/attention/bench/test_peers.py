@@ -11,6 +11,8 @@ from isthmus.attention.bench import peers
 from isthmus.attention.bench.case import BLOCK, MASKS, Case
 from isthmus.attention.bench.clock import inputs
 
+pytestmark = pytest.mark.once
+
 
 def _oracle(case, q, k, v):
   """Float64, the mask in full."""

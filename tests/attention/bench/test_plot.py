@@ -7,6 +7,8 @@ from isthmus.attention.bench.case import Case
 from isthmus.attention.bench.plot import draw, plot
 from isthmus.attention.bench.rows import Row
 
+pytestmark = pytest.mark.once
+
 
 def _rows(lengths):
   return [

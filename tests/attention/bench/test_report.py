@@ -11,6 +11,8 @@ from isthmus.attention.bench.report import Report, markdown, table
 from isthmus.attention.bench.rows import Refusal, Row
 from isthmus.attention.bench.run import Build
 
+pytestmark = pytest.mark.once
+
 CASE = Case("sparse8", 1, 8192, 16, 128)
 ROWS = [
   Row("peer", False, CASE, "fwd", 0.5, peak_bytes=3 << 20),

@@ -1,7 +1,11 @@
 """Rows and refusals."""
 
+import pytest
+
 from isthmus.attention.bench.case import Case
 from isthmus.attention.bench.rows import Refusal, Row, ratios
+
+pytestmark = pytest.mark.once
 
 CASE = Case("causal", 1, 1024, 2, 64)
 

@@ -13,6 +13,8 @@ from isthmus.attention.bench.clock import Clock, inputs
 from isthmus.attention.bench.peers import Contender
 from isthmus.attention.bench.rows import Refusal, Row
 
+pytestmark = pytest.mark.once
+
 CASE = Case("causal", 1, 32, 2, 8)
 CLOCK = Clock(rounds=1, seconds=1e-4)
 

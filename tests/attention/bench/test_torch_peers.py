@@ -12,6 +12,8 @@ from isthmus.attention.bench import torch_peers
 from isthmus.attention.bench.case import MASKS, PASSES, Case
 from isthmus.attention.bench.rows import Refusal, Row
 
+pytestmark = pytest.mark.once
+
 CASE = Case("sparse8", 1, 512, 2, 64)
 
 

@@ -18,6 +18,8 @@ from isthmus.pallas.flash.mosaic_backward import BackwardConfig
 from isthmus.pallas.flash.mosaic_forward import ForwardConfig
 from tests.pallas.flash.hopper import Call, lowered, shapes
 
+pytestmark = pytest.mark.once
+
 ENTRY = {
   "forward": {"block_k": 64, "stages": 4, "ping_pong": False},
   "queries": {"block": 128, "stages": 1},

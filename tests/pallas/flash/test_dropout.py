@@ -7,6 +7,8 @@ import pytest
 
 from isthmus.pallas.flash.dropout import keep, words
 
+pytestmark = pytest.mark.once
+
 B, N, T, S = 3, 5, 64, 128
 
 

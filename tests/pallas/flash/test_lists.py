@@ -15,6 +15,8 @@ from isthmus.pallas.flash.lists import (
   transpose,
 )
 
+pytestmark = pytest.mark.once
+
 
 def _blocks(shape, seed=0, share=0.5):
   """Bool blocks, among them a row of none and a row of all."""

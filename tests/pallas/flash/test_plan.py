@@ -21,6 +21,8 @@ from isthmus.pallas.flash.predicate import (
   Segments,
 )
 
+pytestmark = pytest.mark.once
+
 T, S, N = 22, 27, 4
 RNG = np.random.default_rng(0)
 PLACES = jnp.asarray(RNG.permutation(2 * S).reshape(1, 2, S), jnp.int32)

@@ -21,6 +21,8 @@ from isthmus.pallas.flash.predicate import (
   both,
 )
 
+pytestmark = pytest.mark.once
+
 LEAST = -(2**31)
 T, S = 23, 29
 

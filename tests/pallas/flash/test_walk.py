@@ -14,6 +14,8 @@ from isthmus.pallas.flash.mosaic_backward import transposed
 from isthmus.pallas.flash.predicate import Band
 from isthmus.pallas.flash.walk import band_walk, list_walk
 
+pytestmark = pytest.mark.once
+
 STEPS = 40  # more than there are tiles in any case
 
 
