@@ -22,7 +22,8 @@ from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.predicate import Band
 from isthmus.pallas.flash.ref import LSE, OUT, may_miss
 
-#: Tokens of a tile, of queries and of keys.
+#: Tokens of a tile, of queries and of keys; `tile.BLOCK`, which can't be
+#: imported where jax has no Mosaic GPU.
 BLOCK = 128
 #: The widths that kernels are compiled for; others are padded with zeros.
 WIDTHS = (64, 128, 192, 256)

@@ -2,9 +2,9 @@
 
 Two compute warpgroups own 64 query rows each and share the key tiles that a
 third brings in by TMA, reading their indices along the walk. The schedule is
-that of FlashAttention-3 (https://arxiv.org/abs/2407.08608): the warpgroups
-take turns at the tensor cores, and within one the softmax of a step runs
-while the values of the step before are being added.
+that of FlashAttention-3 (https://arxiv.org/abs/2407.08608): within a warpgroup
+the softmax of a step runs while the values of the step before are being added,
+and with `ping_pong` the two take turns at the tensor cores.
 """
 
 import dataclasses
