@@ -1,12 +1,14 @@
 """Every task in the common suite; a new task is one entry."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from isthmus.train.tasks.classify import Classify
 from isthmus.train.tasks.lm import NextToken
 from isthmus.train.tasks.restore import Downsample, Restore
+from isthmus.train.tasks.segment import Segment
 from tests.train.tasks import suite
 from tests.train.tasks.suite import Entry
 
@@ -75,6 +77,17 @@ def _text(rows):
   }
 
 
+def _volumes(rows):
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, 4, (rows, 3, 4, 4)).astype(np.int32)
+  image = rng.normal(size=(rows, 3, 4, 4, 2)) + label[..., None]
+  return {"image": image.astype(np.float32), "label": label}
+
+
+def _regions(label):
+  return jnp.stack([label > 0, label > 1, label == 3, label == 1], -1)
+
+
 TASKS = [
   Entry(name="classify", task=Classify(), model=_classifier, batch=_images),
   Entry(
@@ -96,6 +109,19 @@ TASKS = [
     task=Restore(corruption=Downsample(factor=2)),
     model=_restorer,
     batch=_pictures,
+  ),
+  Entry(
+    name="segment",
+    task=Segment(),
+    model=_classifier,
+    batch=_volumes,
+    learns=0.9,
+  ),
+  Entry(
+    name="segment, regions and cross-entropy",
+    task=Segment(regions=_regions, cross_entropy=1.0),
+    model=_classifier,
+    batch=_volumes,
   ),
 ]
 
