@@ -7,6 +7,7 @@ if __name__ != "isthmus.nets":  # imported from a checkout as plain `nets`
 else:
   from importlib.metadata import version
 
+  from isthmus.nets.mbconv import MBConv, SqueezeExcite
   from isthmus.nets.mlp import (
     GatedMlp,
     HourglassMlp,
@@ -33,10 +34,12 @@ else:
     "HourglassMlp",
     "LinearScaling",
     "Llama3Scaling",
+    "MBConv",
     "Mlp",
     "MlpBlock",
     "RMSNorm",
     "ResidualMlp",
+    "SqueezeExcite",
     "Stack",
     "rope",
     "rotation",

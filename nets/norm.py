@@ -1,6 +1,7 @@
 """Normalisation layers, with float32 statistics."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isthmus.pallas.precision import accumulator
+
+#: "group", "batch", or what makes a layer, such as `RMSNorm`.
+Norm = str | Callable[..., nn.Module]
 
 
 # Rematerialised, so that a layer keeps x and no float32 copy of it. Without
@@ -57,3 +61,71 @@ class RMSNorm(nn.Module):
       "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
     )
     return rms_norm(x, scale, self.eps)
+
+
+def make_norm(
+  norm: Norm,
+  channels: int,
+  *,
+  train: bool = False,
+  param_dtype: Any = jnp.float32,
+  name: str | None = None,
+) -> nn.Module:
+  """A convolutional net's normalisation layer.
+
+  Group normalisation has `count_groups(channels)` groups. Batch normalisation,
+  by name or as a partial of `nn.BatchNorm`, reads and moves its statistics of
+  the batch in training, and reads the running ones otherwise. The layers may
+  return more than their input's precision: cast where that matters.
+
+  Args:
+    norm: "group", "batch", or a function `(param_dtype=, name=)`.
+    channels: of the input.
+    train: for batch normalisation.
+    param_dtype: what is stored.
+    name: of the layer.
+
+  Raises:
+    ValueError: another name.
+
+  Example:
+    >>> make_norm("group", 48).num_groups
+    24
+    >>> batch = functools.partial(nn.BatchNorm, momentum=0.9)
+    >>> make_norm(batch, 48, train=True).use_running_average
+    False
+  """
+  check_norm(norm)
+  if norm == "group":
+    groups = count_groups(channels)
+    return nn.GroupNorm(groups, param_dtype=param_dtype, name=name)
+  make: Any = nn.BatchNorm if norm == "batch" else norm
+  kind = getattr(make, "func", make)
+  options: dict[str, Any] = {}
+  if isinstance(kind, type) and issubclass(kind, nn.BatchNorm):
+    options["use_running_average"] = not train
+  return make(param_dtype=param_dtype, name=name, **options)
+
+
+def check_norm(norm: Norm) -> None:
+  """Raises ValueError for what `make_norm` doesn't make.
+
+  Example:
+    >>> check_norm("layer")
+    Traceback (most recent call last):
+    ValueError: norm is 'layer'; it is 'group', 'batch', or makes a layer
+  """
+  if not callable(norm) and norm not in ("group", "batch"):
+    raise ValueError(
+      f"norm is {norm!r}; it is 'group', 'batch', or makes a layer"
+    )
+
+
+def count_groups(channels: int, *, most: int = 32) -> int:
+  """The largest number of groups up to `most` that divides the channels.
+
+  Example:
+    >>> [count_groups(channels) for channels in (8, 30, 48, 64, 180)]
+    [8, 30, 24, 32, 30]
+  """
+  return max(g for g in range(1, most + 1) if channels % g == 0)

@@ -9,10 +9,12 @@ from isthmus.nets import (
   Decoder,
   GatedMlp,
   HourglassMlp,
+  MBConv,
   Mlp,
   MlpBlock,
   ResidualMlp,
   RMSNorm,
+  SqueezeExcite,
   Stack,
 )
 from isthmus.train.mesh import P
@@ -26,6 +28,10 @@ MLP = (
 ATTENTION = (
   (r"(q|k|v)/kernel$", P(None, "model")),
   (r"o/kernel$", P("model", None)),
+)
+CONV = (
+  (r"(expand|depthwise)/kernel$", P("model")),
+  (r"project/kernel$", P("model", None)),
 )
 
 
@@ -59,6 +65,14 @@ def _tokens(key):
   return jax.random.randint(key, (8, 6), 0, 40)
 
 
+def _images(key):
+  return jax.random.normal(key, (8, 5, 6, 8))
+
+
+def _volumes(key):
+  return jax.random.normal(key, (8, 3, 4, 3, 8))
+
+
 BLOCKS = [
   Entry(name="rms_norm", build=lambda dtype: RMSNorm(), train=False),
   Entry(name="mlp", build=lambda dtype: Mlp(48, dtype=dtype), rules=MLP),
@@ -81,6 +95,24 @@ BLOCKS = [
     name="hourglass_mlp",
     build=lambda dtype: HourglassMlp(64, 8, 2, dtype=dtype),
     rules=MLP,
+  ),
+  Entry(
+    name="mbconv",
+    build=lambda dtype: MBConv(se_ratio=0.25, residual=True, dtype=dtype),
+    inputs=_volumes,
+    rules=CONV,
+  ),
+  Entry(
+    name="fused_mbconv",
+    build=lambda dtype: MBConv(12, fused=True, strides=2, dtype=dtype),
+    inputs=_images,
+    output=(8, 3, 3, 12),
+    rules=CONV[1:],
+  ),
+  Entry(
+    name="squeeze_excite",
+    build=lambda dtype: SqueezeExcite(4, dtype=dtype),
+    inputs=_images,
   ),
   Entry(name="attention", build=_attention, rules=ATTENTION),
   Entry(name="block", build=_block, rules=ATTENTION + MLP, dropout=True),

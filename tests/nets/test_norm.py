@@ -1,11 +1,15 @@
-"""RMSNorm against its formula."""
+"""RMSNorm against its formula; norms by name."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from isthmus.nets import RMSNorm
-from isthmus.nets.norm import rms_norm
+from isthmus.nets.norm import count_groups, make_norm, rms_norm
 
 
 def test_formula_and_gradients():
@@ -45,3 +49,39 @@ def test_parameters():
   )["params"]
   assert params["scale"].tolist() == [1] * 6
   assert params["scale"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  "channels, groups", [(1, 1), (7, 7), (34, 17), (37, 1), (60, 30), (96, 32)]
+)
+def test_groups_divide_the_channels(channels, groups):
+  assert count_groups(channels) == groups
+  layer = make_norm("group", channels)
+  x = jax.random.normal(jax.random.key(0), (2, 5, channels)) + 3.0
+  y = np.asarray(layer.init_with_output(jax.random.key(0), x)[0])
+  parts = y.reshape(2, 5, groups, -1)
+  np.testing.assert_allclose(parts.mean((1, 3)), 0, atol=1e-5)
+  np.testing.assert_allclose(parts.var((1, 3)), 1, rtol=1e-4)
+
+
+def test_batch_norm_by_training_and_by_name():
+  x = jax.random.normal(jax.random.key(0), (64, 3)) + 3.0
+  for norm in ("batch", functools.partial(nn.BatchNorm, momentum=0.5)):
+    variables = make_norm(norm, 3).init(jax.random.key(0), x)
+    quiet = make_norm(norm, 3).apply(variables, x)
+    np.testing.assert_allclose(quiet, x, rtol=1e-4)
+    y, new = make_norm(norm, 3, train=True).apply(
+      variables, x, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(np.mean(y, 0), 0, atol=1e-5)
+    share = 0.01 if norm == "batch" else 0.5
+    np.testing.assert_allclose(
+      new["batch_stats"]["mean"], share * x.mean(0), rtol=1e-4
+    )
+
+
+def test_a_norm_of_another_kind():
+  layer = make_norm(RMSNorm, 6, param_dtype=jnp.bfloat16, name="norm")
+  assert isinstance(layer, RMSNorm) and layer.param_dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match="norm is 'layer'; it is 'group', 'ba"):
+    make_norm("layer", 6)
