@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.data.archive import unpacked
+from isthmus.data.folder import check_link
 from isthmus.data.source import Example, check_split
 from isthmus.data.text import check_fraction, is_held_out
 
@@ -182,14 +183,12 @@ def _images(root: str | os.PathLike) -> list[str]:
   inside = pathlib.Path(root).expanduser().resolve()
   names = []
   for folder in _folders(root):
-    if folder.is_symlink():
-      _check_link(folder, inside)
+    check_link(folder, inside)
     for place, inner, files in os.walk(folder):
       for name in (*inner, *files):
         path = pathlib.Path(place, name)
         # A walk would pass over linked folders in silence.
-        if path.is_symlink():
-          _check_link(path, inside)
+        check_link(path, inside)
         if name in files and path.suffix.lower() in _SUFFIXES:
           names.append(path.relative_to(folder.parent).as_posix())
   if not names:
@@ -198,19 +197,6 @@ def _images(root: str | os.PathLike) -> list[str]:
       f" folder named after its class and ends in {sorted(_SUFFIXES)}"
     )
   return sorted(names)
-
-
-def _check_link(path: pathlib.Path, inside: pathlib.Path) -> None:
-  """Links to image files within the folder are fine, others are refused."""
-  if path.is_dir():
-    raise ValueError(
-      f"{os.fspath(path)!r} is a link to a folder; name that folder itself"
-    )
-  if not path.resolve().is_relative_to(inside):
-    raise ValueError(
-      f"{os.fspath(path)!r} links out of {os.fspath(inside)!r}; copy the file"
-      " into the folder"
-    )
 
 
 def _pillow() -> Any:

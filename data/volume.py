@@ -4,19 +4,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
-from isthmus.data import nifti
+from isthmus.data import nifti, scan
+from isthmus.data.folder import walk
 from isthmus.data.package import package_file
-from isthmus.data.source import Example, check_split
+from isthmus.data.patch import PatchSource, Size, box, check_size, cover, three
+from isthmus.data.source import check_split
 from isthmus.data.text import check_fraction, is_held_out
 
-Size = int | tuple[int, int, int]
-# Volume number -> image [z, y, x] and label [z, y, x], or None without one.
-_Load = Callable[[int], tuple[np.ndarray, np.ndarray | None]]
 _TEMPLATE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 
 
@@ -62,14 +60,14 @@ class BrainVolume:
   eval_fraction: float = 0.25
 
   def __post_init__(self):
-    _check_size(self.size, self.stride)
+    check_size(self.size, self.stride)
     check_fraction(self.eval_fraction)
     if not 0 <= self.foreground <= 1:
       raise ValueError(
         f"foreground is {self.foreground}; it must lie in [0, 1]"
       )
 
-  def open(self, split: str) -> "PatchSource":
+  def open(self, split: str) -> PatchSource:
     """Examples of "train" or "eval"; see the class."""
     check_split(split)
     paths = tuple(
@@ -82,9 +80,11 @@ class BrainVolume:
     border = round(image.shape[1] * (1 - self.eval_fraction))
     place = slice(border, None) if split == "eval" else slice(None, border)
     image, label = image[:, place], label[:, place]
-    size = _three(self.size)
-    corners = _corners(image.shape, size, self.stride, f"split {split!r}")
-    shares = [(label[_box(c, size)] > 0).mean() for c in corners]
+    size = three(self.size)
+    corners = cover(
+      image.shape, size, stride=self.stride, name=f"split {split!r}"
+    )
+    shares = [(label[box(c, size)] > 0).mean() for c in corners.tolist()]
     corners = corners[np.asarray(shares) >= self.foreground]
     if not len(corners):
       raise ValueError(
@@ -92,7 +92,8 @@ class BrainVolume:
         f" {self.foreground}; the largest is {max(shares):.3g}"
       )
     rows = np.insert(corners, 0, 0, axis=1)
-    return PatchSource(lambda _: (image, label), rows, size, scale=1 / 255)
+    volume = image[..., None], label
+    return PatchSource(lambda _: volume, rows, size, scale=1 / 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ class NiftiFolder:
     path: the folder; its sub-folders are searched too.
     image: suffix of the images' file names.
     label: suffix of the labels', or None.
-    size: voxels along z, y and x of a patch, one number for all or three.
+    size: voxels along z, y and x of a patch, one number for all or three;
+      None for the whole.
     stride: voxels from a patch to the next; None means the size. The last
       patch along an axis ends with the volume.
     normalize: subtract a volume's mean and divide by its standard deviation.
@@ -140,7 +142,7 @@ class NiftiFolder:
   _: dataclasses.KW_ONLY
   image: str = ".nii.gz"
   label: str | None = None
-  size: Size
+  size: Size | None
   stride: int | None = None
   normalize: bool = True
   eval_fraction: float = 0.1
@@ -149,12 +151,12 @@ class NiftiFolder:
   max_bytes: int = 2**32
 
   def __post_init__(self):
-    _check_size(self.size, self.stride)
+    check_size(self.size, self.stride)
     check_fraction(self.eval_fraction)
     if self.keep < 1:
       raise ValueError(f"keep is {self.keep}; it must be at least 1")
 
-  def open(self, split: str) -> "PatchSource":
+  def open(self, split: str) -> PatchSource:
     """Examples of "train" or "eval"; see the class."""
     check_split(split)
     nifti.require()
@@ -164,9 +166,10 @@ class NiftiFolder:
     pairs, rows = [], []
     for name, image, label in self._pairs(root):
       if separate or is_held_out(name, self.eval_fraction) == held_out:
-        shape = self._shape(image, label)
-        corners = _corners(
-          shape, _three(self.size), self.stride, repr(os.fspath(image))
+        paths = [path for path in (image, label) if path is not None]
+        shape = scan.read_shape(paths, max_bytes=self.max_bytes)
+        corners = cover(
+          shape, self.size, stride=self.stride, name=repr(os.fspath(image))
         )
         rows.append(np.insert(corners, 0, len(pairs), axis=1))
         pairs.append((image, label))
@@ -176,31 +179,26 @@ class NiftiFolder:
         f" or another eval_fraction than {self.eval_fraction}"
       )
     load = functools.lru_cache(self.keep)(lambda i: self._load(*pairs[i]))
-    return PatchSource(load, np.concatenate(rows), _three(self.size))
+    size = None if self.size is None else three(self.size)
+    return PatchSource(load, np.concatenate(rows), size)
 
   def _pairs(
     self, root: str | os.PathLike
   ) -> list[tuple[str, pathlib.Path, pathlib.Path | None]]:
     """(name, image, label) of the volumes, sorted by name."""
     folder = pathlib.Path(root).expanduser()
-    if not folder.is_dir():
-      raise FileNotFoundError(f"no folder {os.fspath(root)!r}")
     found = []
-    for image in sorted(folder.rglob(f"*{self.image}")):
+    for image in sorted(walk(root)):
+      if not image.name.endswith(self.image):
+        continue
       if self.label and image.name.endswith(self.label):
         continue  # where the label's suffix ends in the image's
       stem = image.name.removesuffix(self.image)
       label = image.with_name(stem + self.label) if self.label else None
-      for path in filter(None, (image, label)):
-        if not path.is_file():
-          raise ValueError(
-            f"{os.fspath(image)!r} has no label {path.name!r} beside it"
-          )
-        if not path.resolve().is_relative_to(folder.resolve()):
-          raise ValueError(
-            f"{os.fspath(path)!r} links out of {os.fspath(root)!r}; copy the"
-            " file into the folder"
-          )
+      if label is not None and not label.is_file():
+        raise ValueError(
+          f"{os.fspath(image)!r} has no label {label.name!r} beside it"
+        )
       name = image.with_name(stem).relative_to(folder).as_posix()
       found.append((name, image, label))
     if not found:
@@ -210,85 +208,19 @@ class NiftiFolder:
       )
     return found
 
-  def _shape(
-    self, image: pathlib.Path, label: pathlib.Path | None
-  ) -> tuple[int, ...]:
-    """[z, y, x] of a volume, from the headers."""
-    shapes = [
-      nifti.read_layout(path, max_bytes=self.max_bytes).shape
-      for path in (image, label)
-      if path is not None
-    ]
-    if len(shapes[0]) != 3:
-      raise ValueError(
-        f"{os.fspath(image)!r} has shape {shapes[0]}; it must have 3 axes"
-      )
-    if shapes[0] != shapes[-1]:
-      raise ValueError(
-        f"{os.fspath(label or '')!r} has shape {shapes[-1]}, its image"
-        f" {shapes[0]}"
-      )
-    return shapes[0][::-1]
-
   def _load(
     self, image: pathlib.Path, label: pathlib.Path | None
   ) -> tuple[np.ndarray, np.ndarray | None]:
-    volume = nifti.read(image, max_bytes=self.max_bytes)
-    data = volume.data.astype(np.float32)
-    if bad := int((~np.isfinite(data)).sum()):
-      raise ValueError(f"{os.fspath(image)!r} has {bad} voxels not finite")
+    volume = scan.read_image(image, max_bytes=self.max_bytes)
+    data = volume.data
     if self.normalize:
       spread = float(data.std(dtype=np.float64))
       data = (data - np.float32(data.mean(dtype=np.float64))) / (spread or 1.0)
     if label is None:
-      return data.T, None
-    segments = nifti.read(label, max_bytes=self.max_bytes)
-    if not np.allclose(segments.affine, volume.affine, atol=1e-3):
-      raise ValueError(
-        f"{os.fspath(label)!r} lies elsewhere than its image: affines"
-        f" {segments.affine.tolist()} and {volume.affine.tolist()}"
-      )
-    whole = segments.data.astype(np.int32)
-    if not np.array_equal(whole, segments.data):
-      raise ValueError(f"{os.fspath(label)!r} has labels that are not int32")
-    return data.T, whole.T
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PatchSource:
-  """Boxes cut out of volumes when they are asked for.
-
-  Args:
-    load: number of a volume -> image [z, y, x] and label [z, y, x] or None.
-    rows: a patch's volume and first voxel (z, y, x).
-    size: voxels along z, y, x.
-    scale: what intensities are multiplied with.
-
-  Example:
-    >>> load = lambda i: (np.ones((4, 4, 4)), None)
-    >>> source = PatchSource(load, np.array([[0, 1, 2, 0]]), (2, 2, 2))
-    >>> source[0]["image"].shape
-    (2, 2, 2, 1)
-  """
-
-  load: _Load
-  rows: Int[np.ndarray, "n 4"]
-  size: tuple[int, int, int]
-  _: dataclasses.KW_ONLY
-  scale: float = 1.0
-
-  def __len__(self) -> int:
-    return len(self.rows)
-
-  def __getitem__(self, i: int) -> Example:
-    volume, *corner = self.rows[i].tolist()
-    image, label = self.load(volume)
-    box = _box(corner, self.size)
-    cut = image[box].astype(np.float32) * np.float32(self.scale)
-    example = {"image": cut[..., None]}
-    if label is not None:
-      example["label"] = label[box].astype(np.int32)
-    return example
+      return data.T[..., None], None
+    segments = scan.read_label(label, max_bytes=self.max_bytes)
+    scan.check_place(label, segments, like=image, other=volume)
+    return data.T[..., None], segments.data.T
 
 
 @functools.cache
@@ -309,31 +241,3 @@ def _brain(
   for array in (image, label):
     array.setflags(write=False)
   return image.T, label.T
-
-
-def _corners(
-  shape: tuple[int, ...], size: tuple[int, ...], stride: int | None, name: str
-) -> Int[np.ndarray, "n 3"]:
-  """First voxels of boxes that cover a volume."""
-  if any(n < s for n, s in zip(shape, size, strict=True)):
-    raise ValueError(f"{name} has {shape} voxels (z, y, x), a patch {size}")
-  axes = []
-  for n, s in zip(shape, size, strict=True):
-    begins = np.arange(0, n - s + 1, stride or s)
-    axes.append(np.union1d(begins, [n - s]))
-  return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-
-
-def _box(corner: np.ndarray | list[int], size: tuple[int, ...]):
-  return tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
-
-
-def _three(size: Size) -> tuple[int, int, int]:
-  return (size, size, size) if isinstance(size, int) else size
-
-
-def _check_size(size: Size, stride: int | None) -> None:
-  if len(_three(size)) != 3 or min(_three(size)) < 1:
-    raise ValueError(f"size is {size}; it must be 1 or 3 numbers of at least 1")
-  if stride is not None and stride < 1:
-    raise ValueError(f"stride is {stride}; it must be at least 1")

@@ -59,6 +59,7 @@ def test_why_brain_halves_are_not_the_split():
   """The template is its own mirror image: a half would leak the other."""
   pytest.importorskip("nilearn")
   image, label = BrainVolume(eval_fraction=0.0).open("train").load(0)
+  image = image[..., 0]
   np.testing.assert_array_equal(image, image[:, :, ::-1])
   np.testing.assert_array_equal(label, label[:, :, ::-1])
 
@@ -117,7 +118,7 @@ def test_folder_pairs_patches_and_splits(folder):
   raw = nibabel.load(path).get_fdata()
   own = [s for s in (train, held)
          for v in set(s.rows[:, 0])
-         if np.array_equal(s.load(v)[0], raw.T)]  # fmt: skip
+         if np.array_equal(s.load(v)[0][..., 0], raw.T)]  # fmt: skip
   assert len(own) == 1
   only = of(folder / "sub3", normalize=False, eval_fraction=0.0).open("train")
   for i, (_, z, y, x) in enumerate(only.rows):
@@ -145,6 +146,17 @@ def test_folder_with_a_separate_eval_folder(folder, tmp_path):
   assert len(data.open("train")) == 6 * 18 and len(data.open("eval")) == 1
 
 
+def test_whole_volumes(folder):
+  """One example each, and they may differ in shape."""
+  save(folder / "sub3" / "sub3_t1.nii.gz", np.ones((5, 6, 7), np.int16))
+  save(folder / "sub3" / "sub3_seg.nii.gz", np.ones((5, 6, 7), np.uint8))
+  source = of(folder, size=None, eval_fraction=0.0).open("train")
+  assert len(source) == 6
+  shapes = [source[i]["image"].shape for i in range(6)]
+  assert shapes == [(12, 10, 8, 1)] * 3 + [(7, 6, 5, 1)] + [(12, 10, 8, 1)] * 2
+  assert source[3]["label"].shape == (7, 6, 5)
+
+
 def test_labels_whose_suffix_ends_in_the_images(tmp_path):
   save(tmp_path / "a.nii.gz", np.ones((4, 4, 4), np.int16))
   save(tmp_path / "a_seg.nii.gz", np.ones((4, 4, 4), np.int16))
@@ -164,7 +176,11 @@ def test_folder_names_what_does_not_fit(folder, tmp_path):
   read()
   shape = (8, 10, 12)
   for array, affine, cause in (
-    (np.ones((8, 10, 11), np.uint8), None, r"\(8, 10, 11\), its image \(8, "),
+    (
+      np.ones((8, 10, 11), np.uint8),
+      None,
+      r"\(8, 10, 11\), 'sub2_t1.* has \(8, ",
+    ),
     (np.ones(shape, np.uint8), np.diag([1, 1, 2, 1]), "lies elsewhere"),
     (np.full(shape, 0.5, np.float32), None, "not int32"),
   ):
@@ -179,6 +195,7 @@ def test_folder_names_what_does_not_fit(folder, tmp_path):
   seg.symlink_to(outside)
   with pytest.raises(ValueError, match="sub2_seg.* links out of"):
     read()
+  seg.unlink()
   data = of(folder, label=None, eval_fraction=0.0)
   for array, cause in (
     (np.ones((8, 10), np.int16), "must have 3 axes|rank is 2"),
