@@ -10,6 +10,7 @@ import pytest
 from isthmus.data import (
   Arrays,
   BrainVolume,
+  BratsFolder,
   Digits,
   FashionMnist,
   ImageFolder,
@@ -81,6 +82,20 @@ def _nifti(folder):
   )
 
 
+def _brats(folder):
+  import nibabel
+
+  kinds = ("-t2f", "-t1n", "-t1c", "-t2w", "-seg")
+  for i, voxels in enumerate(_noise(6, 5, 8, 9, 10)):
+    name = f"BraTS-GLI-{i:05d}-000"
+    (folder / name).mkdir(exist_ok=True)
+    for kind, data in zip(kinds, voxels, strict=True):
+      data = data // 64 if kind == "-seg" else data
+      image = nibabel.Nifti1Image(data, np.eye(4))
+      nibabel.save(image, folder / name / f"{name}{kind}.nii.gz")
+  return BratsFolder(folder, size=4, eval_fraction=0.4)
+
+
 def _text(folder):
   for i, text in enumerate(_noise(20, 100)):
     (folder / f"{i}.txt").write_text(text.tobytes().hex())
@@ -135,6 +150,12 @@ DATASETS = [
     name="nifti_folder",
     build=_nifti,
     shapes={"image": (4, 4, 4, 1), "label": (4, 4, 4)},
+    needs=("nibabel",),
+  ),
+  Entry(
+    name="brats_folder",
+    build=_brats,
+    shapes={"image": (4, 4, 4, 4), "label": (4, 4, 4)},
     needs=("nibabel",),
   ),
   Entry(

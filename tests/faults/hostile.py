@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import gzip
 import io
 import pathlib
 import struct
@@ -111,3 +112,20 @@ def read_nifti(path):
   from isthmus.data import nifti
 
   return nifti.read(path)
+
+
+def brats_case(folder):
+  """A case of scans and a label; gives the path of its T1."""
+  label = ITEMS // 64
+  for kind in ("-t2f", "-t1c", "-t2w", "-t1n", "-seg"):
+    path = folder / f"case{kind}.nii.gz"
+    array = label if kind == "-seg" else ITEMS
+    path.write_bytes(gzip.compress(nifti_bytes(array), mtime=0))
+  return folder / "case-t1n.nii.gz"
+
+
+def read_brats(path):
+  """The one example of a case, from a path of one of its files."""
+  from isthmus.data.brats import BratsFolder
+
+  return BratsFolder(path.parent, size=None, eval_fraction=0.0).open("train")[0]

@@ -25,8 +25,10 @@ from tests.faults.hostile import (
   ITEMS,
   MAX_BYTES,
   assert_refused,
+  brats_case,
   idx,
   nifti_bytes,
+  read_brats,
   read_nifti,
   tarred,
   unpack,
@@ -198,3 +200,17 @@ def test_lying_nifti(place):
       assert_refused(read_nifti, path, "shape")
   path.write_bytes(gzip.compress(nifti_bytes(ITEMS)) + GIBIBYTE)
   assert_refused(read_nifti, path, r"\(6, 7, 5\) takes .* it has more")
+
+
+def test_lying_brats(place):
+  """One file of a case does harm; that one is named."""
+  for kind in ("-t1n", "-seg"):
+    path = brats_case(place).with_name(f"case{kind}.nii.gz")
+    honest = gzip.decompress(path.read_bytes())
+    content = bytearray(honest)
+    for dims in ((3, 7, 7, 5), (7, *[32767] * 7), (3, -6, 7, 5)):
+      struct.pack_into(f"<{len(dims)}h", content, 40, *dims)
+      path.write_bytes(gzip.compress(content))
+      assert_refused(read_brats, path, "shape")
+    path.write_bytes(gzip.compress(honest) + GIBIBYTE)
+    assert_refused(read_brats, path, r"\(6, 7, 5\) takes .* it has more")

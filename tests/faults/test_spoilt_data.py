@@ -18,9 +18,11 @@ from isthmus.data.idx import read_idx
 from isthmus.data.npz import read_npz
 from tests.faults.hostile import (
   ITEMS,
+  brats_case,
   idx,
   nifti_bytes,
   quick,
+  read_brats,
   read_nifti,
   snapshot,
   tarred,
@@ -143,6 +145,18 @@ def test_spoilt_nifti(place, suffix):
   whole = lambda found, _: equal(found.data, ITEMS.astype(np.int16))
   packed = gzip.compress(content, mtime=0)
   assert survive(read_nifti, path, packed, whole) > 120
+
+
+def test_spoilt_brats(place):
+  """One of a case's five files, by its checksum."""
+  t1 = brats_case(place)
+  for path in (t1, t1.with_name("case-seg.nii.gz")):
+    first = read_brats(path)
+    whole = lambda found, _, first=first: all(
+      map(np.array_equal, found.values(), first.values())
+    )
+    content = path.read_bytes()
+    assert survive(read_brats, path, content, whole, count=60) > 45
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
