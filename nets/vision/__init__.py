@@ -1,0 +1,1 @@
+"""Networks for images and volumes, and how to run them on large ones."""
