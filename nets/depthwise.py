@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from isthmus.nets.mlp import fan_in
 from isthmus.pallas.precision import accumulator
 
 
@@ -53,6 +56,32 @@ def depthwise(
   if len(strides) != rank or min(strides) < 1:
     raise ValueError(f"strides are {strides}; {rank} numbers of at least 1")
   return _depthwise(strides, x, kernel[..., 0, :])
+
+
+class Depthwise(nn.Module):
+  """`depthwise` with a learned `kernel` [*taps, 1, c], without a bias.
+
+  Example:
+    >>> y, variables = Depthwise((3, 3), (2, 2)).init_with_output(
+    ...   jax.random.key(0), jnp.ones((1, 8, 8, 16))
+    ... )
+    >>> y.shape, variables["params"]["kernel"].shape
+    ((1, 4, 4, 16), (3, 3, 1, 16))
+  """
+
+  kernel: tuple[int, ...]
+  strides: tuple[int, ...]
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b *space c"], *, train: bool = False
+  ) -> Float[Array, "b *out c"]:
+    shape = (*self.kernel, 1, x.shape[-1])
+    kernel = self.param("kernel", fan_in(2**0.5), shape, self.param_dtype)
+    kernel = kernel.astype(self.dtype)
+    return depthwise(x.astype(self.dtype), kernel, strides=self.strides)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

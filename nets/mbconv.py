@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from isthmus.nets.depthwise import depthwise
+from isthmus.nets.depthwise import Depthwise
 from isthmus.nets.mlp import Activation, fan_in
-from isthmus.nets.norm import Norm, check_norm, count_groups, make_norm
+from isthmus.nets.norm import Norm, check_norm, make_norm
 from isthmus.pallas.precision import accumulator
 
 #: One number for all axes of space, or one each.
@@ -202,32 +202,6 @@ class SqueezeExcite(nn.Module):
     return (x * self.gate(h.astype(wide))).astype(x.dtype)
 
 
-class Depthwise(nn.Module):
-  """`depthwise` with a learned `kernel` [*taps, 1, c], without a bias.
-
-  Example:
-    >>> y, variables = Depthwise((3, 3), (2, 2)).init_with_output(
-    ...   jax.random.key(0), jnp.ones((1, 8, 8, 16))
-    ... )
-    >>> y.shape, variables["params"]["kernel"].shape
-    ((1, 4, 4, 16), (3, 3, 1, 16))
-  """
-
-  kernel: tuple[int, ...]
-  strides: tuple[int, ...]
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b *space c"], *, train: bool = False
-  ) -> Float[Array, "b *out c"]:
-    shape = (*self.kernel, 1, x.shape[-1])
-    kernel = self.param("kernel", fan_in(2**0.5), shape, self.param_dtype)
-    kernel = kernel.astype(self.dtype)
-    return depthwise(x.astype(self.dtype), kernel, strides=self.strides)
-
-
 def round8(channels: float) -> int:
   """The nearest multiple of 8, halves upwards, and at least 8.
 
@@ -289,18 +263,11 @@ def _dense(module, features, scale=1.0, *, name, use_bias=False) -> nn.Dense:
 
 def _after(module, h, *, name, train, activate=True):
   """Norm and activation, of which the backward pass keeps h alone."""
-  *space, channels = h.shape[1:]
-  groups = count_groups(channels)
-  if module.norm == "group" and math.prod(space) * channels == groups:
-    raise ValueError(
-      f"{name} has {groups} groups of {channels} channels at 1 place: one value"
-      " each, which becomes 0; give it more places, or another norm"
-    )
 
   def run(module, h):
     norm = make_norm(
       module.norm,
-      h.shape[-1],
+      h.shape,
       train=train,
       param_dtype=module.param_dtype,
       name=name,

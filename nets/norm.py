@@ -1,6 +1,7 @@
 """Normalisation layers, with float32 statistics."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ class RMSNorm(nn.Module):
 
 def make_norm(
   norm: Norm,
-  channels: int,
+  shape: tuple[int, ...],
   *,
   train: bool = False,
   param_dtype: Any = jnp.float32,
@@ -73,31 +74,36 @@ def make_norm(
 ) -> nn.Module:
   """A convolutional net's normalisation layer.
 
-  Group normalisation has `count_groups(channels)` groups. Batch normalisation,
+  Group normalisation has `count_groups` of the channels. Batch normalisation,
   by name or as a partial of `nn.BatchNorm`, reads and moves its statistics of
   the batch in training, and reads the running ones otherwise. The layers may
   return more than their input's precision: cast where that matters.
 
   Args:
     norm: "group", "batch", or a function `(param_dtype=, name=)`.
-    channels: of the input.
+    shape: of the input, [b, *space, c].
     train: for batch normalisation.
     param_dtype: what is stored.
     name: of the layer.
 
   Raises:
-    ValueError: another name.
+    ValueError: another name; groups of one value each, for all become 0.
 
   Example:
-    >>> make_norm("group", 48).num_groups
+    >>> make_norm("group", (1, 8, 8, 48)).num_groups
     24
     >>> batch = functools.partial(nn.BatchNorm, momentum=0.9)
-    >>> make_norm(batch, 48, train=True).use_running_average
+    >>> make_norm(batch, (8, 48), train=True).use_running_average
     False
   """
   check_norm(norm)
   if norm == "group":
-    groups = count_groups(channels)
+    groups = count_groups(shape[-1])
+    if math.prod(shape[1:]) == groups:
+      raise ValueError(
+        f"{groups} groups of {shape[-1]} channels at 1 place have one value"
+        " each, which becomes 0: take more places, or another norm"
+      )
     return nn.GroupNorm(groups, param_dtype=param_dtype, name=name)
   make: Any = nn.BatchNorm if norm == "batch" else norm
   kind = getattr(make, "func", make)

@@ -56,7 +56,7 @@ def test_parameters():
 )
 def test_groups_divide_the_channels(channels, groups):
   assert count_groups(channels) == groups
-  layer = make_norm("group", channels)
+  layer = make_norm("group", (2, 5, channels))
   x = jax.random.normal(jax.random.key(0), (2, 5, channels)) + 3.0
   y = np.asarray(layer.init_with_output(jax.random.key(0), x)[0])
   parts = y.reshape(2, 5, groups, -1)
@@ -67,10 +67,10 @@ def test_groups_divide_the_channels(channels, groups):
 def test_batch_norm_by_training_and_by_name():
   x = jax.random.normal(jax.random.key(0), (64, 3)) + 3.0
   for norm in ("batch", functools.partial(nn.BatchNorm, momentum=0.5)):
-    variables = make_norm(norm, 3).init(jax.random.key(0), x)
-    quiet = make_norm(norm, 3).apply(variables, x)
+    variables = make_norm(norm, (64, 3)).init(jax.random.key(0), x)
+    quiet = make_norm(norm, (64, 3)).apply(variables, x)
     np.testing.assert_allclose(quiet, x, rtol=1e-4)
-    y, new = make_norm(norm, 3, train=True).apply(
+    y, new = make_norm(norm, (64, 3), train=True).apply(
       variables, x, mutable=["batch_stats"]
     )
     np.testing.assert_allclose(np.mean(y, 0), 0, atol=1e-5)
@@ -81,7 +81,10 @@ def test_batch_norm_by_training_and_by_name():
 
 
 def test_a_norm_of_another_kind():
-  layer = make_norm(RMSNorm, 6, param_dtype=jnp.bfloat16, name="norm")
+  layer = make_norm(RMSNorm, (1, 6), param_dtype=jnp.bfloat16, name="norm")
   assert isinstance(layer, RMSNorm) and layer.param_dtype == jnp.bfloat16
   with pytest.raises(ValueError, match="norm is 'layer'; it is 'group', 'ba"):
-    make_norm("layer", 6)
+    make_norm("layer", (1, 6))
+  with pytest.raises(ValueError, match="6 groups of 6 channels at 1 place"):
+    make_norm("group", (2, 1, 1, 6))
+  assert make_norm("group", (2, 1, 1, 34))  # two channels a group
