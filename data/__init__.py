@@ -7,6 +7,7 @@ if __name__ != "isthmus.data":  # imported from a checkout as plain `data`
 else:
   from importlib.metadata import version
 
+  from isthmus.data.augment3d import Augment3D
   from isthmus.data.brats import BratsFolder
   from isthmus.data.digits import Digits
   from isthmus.data.image import ImageFolder
@@ -27,6 +28,7 @@ else:
   __all__ = [
     "ArraySource",
     "Arrays",
+    "Augment3D",
     "BrainVolume",
     "BratsFolder",
     "Bytes",
