@@ -100,7 +100,7 @@ class Augment3D:
       label = None if label is None else nearest(label, at)
     # Drawn for all axes, so that one's draw doesn't hang on the others.
     turned = dict(zip(_AXES, turn.random(3) < 0.5, strict=True))
-    axes = [i for i, a in enumerate(_AXES) if a in self.flip and turned[a]]
+    axes = tuple(i for i, a in enumerate(_AXES) if a in self.flip and turned[a])
     image = np.flip(image, axes)
     label = None if label is None else np.flip(label, axes)
     if self.gamma > 1:
@@ -209,7 +209,11 @@ def smooth_noise(
 
 def _check(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
   image, label = example.get("image"), example.get("label")
-  if getattr(image, "ndim", 0) != 4 or image.dtype != np.float32:
+  if not (
+    isinstance(image, np.ndarray)
+    and image.ndim == 4
+    and image.dtype == np.float32
+  ):
     found = {name: np.shape(value) for name, value in example.items()}
     raise ValueError(
       f"the example has {found}; Augment3D needs image float32 [z y x c]"
