@@ -1,7 +1,6 @@
 """Depthwise convolution: each channel by itself, in any number of axes."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -113,11 +112,22 @@ def _backward(strides, residuals, dy):
   dx = _correlate(wide, flipped, (1,) * len(space), space)
   padded = jax.lax.pad(x, _zero(x), [_NONE, *pads, _NONE])
   total = accumulator(x.dtype)
-  sums = [
-    jnp.sum(window.astype(total) * dy.astype(total), axis=range(x.ndim - 1))
-    for _, window in _windows(padded, taps, strides, dy.shape[1:-1])
-  ]
-  dkernel = jnp.stack(sums).reshape(kernel.shape)
+  rows, channels = x.shape[0], x.shape[-1]
+  ends = _spans(dy.shape[1:-1], strides)
+  step = (slice(None), *(slice(None, None, s) for s in strides))
+
+  size = (rows, *ends, channels)
+
+  def one(corner):
+    window = jax.lax.dynamic_slice(padded, tuple(corner), size)
+    products = window[step].astype(total) * dy.astype(total)
+    return jnp.sum(products, axis=range(x.ndim - 1))
+
+  # One after the other: on a CPU, XLA would keep the products of all taps.
+  corners = np.pad(list(np.ndindex(*taps)), ((0, 0), (1, 1)))
+  dkernel = jax.lax.map(one, jnp.asarray(corners, jnp.int32)).reshape(
+    kernel.shape
+  )
   return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
@@ -129,24 +139,20 @@ _NONE = (0, 0, 0)
 def _correlate(padded, kernel, strides, out):
   total = accumulator(padded.dtype)
   kernel, y = kernel.astype(total), jnp.zeros((), total)
-  for tap, window in _windows(padded, kernel.shape[:-1], strides, out):
+  rows, channels = padded.shape[0], padded.shape[-1]
+  spans = _spans(out, strides)
+  for tap in np.ndindex(*kernel.shape[:-1]):
+    ends = [t + span for t, span in zip(tap, spans, strict=True)]
+    window = jax.lax.slice(
+      padded, (0, *tap, 0), (rows, *ends, channels), (1, *strides, 1)
+    )
     y = y + window.astype(total) * kernel[tap]
   return y.astype(padded.dtype)
 
 
-def _windows(padded, taps, strides, out) -> Iterator[tuple]:
-  """What each tap of the kernel is multiplied with."""
-  rows, channels = padded.shape[0], padded.shape[-1]
-  for tap in np.ndindex(*taps):
-    ends = [
-      t + (o - 1) * s + 1 for t, o, s in zip(tap, out, strides, strict=True)
-    ]
-    yield (
-      tap,
-      jax.lax.slice(
-        padded, (0, *tap, 0), (rows, *ends, channels), (1, *strides, 1)
-      ),
-    )
+def _spans(out, strides):
+  """Voxels from the first to the last that a tap reads."""
+  return [(o - 1) * s + 1 for o, s in zip(out, strides, strict=True)]
 
 
 def _output(space, strides):

@@ -88,11 +88,12 @@ def sliding_window(
   share = np.repeat([1.0, 0.0], [len(places), missing])
   places = np.concatenate([places, np.zeros((missing, len(space)), int)])
   starts = [s[p] for (s, _), p in zip(axes, places.T, strict=True)]
+  starts.append(np.zeros_like(starts[0]))  # of the channels
 
   def step(total, xs):
     corners, places, share = xs
     cut = lambda corner: jax.lax.dynamic_slice(
-      padded, (*corner, 0), (*size, channels)
+      padded, tuple(corner), (*size, channels)
     )
     y = call(jax.vmap(cut)(corners))
 
@@ -101,7 +102,7 @@ def sliding_window(
       for axis, table in enumerate(weights):
         shape = (-1, *(1,) * (len(space) - axis))
         factor = factor * table[places[i, axis]].reshape(shape)
-      corner = (*corners[i], 0)
+      corner = tuple(corners[i])
       piece = factor * y[i].astype(wide)
       old = jax.lax.dynamic_slice(total, corner, piece.shape)
       return jax.lax.dynamic_update_slice(total, old + piece, corner)
@@ -109,7 +110,9 @@ def sliding_window(
     return jax.lax.fori_loop(0, batch, add, total), None
 
   xs = (
-    jnp.asarray(np.stack(starts, -1), jnp.int32).reshape(-1, batch, len(space)),
+    jnp.asarray(np.stack(starts, -1), jnp.int32).reshape(
+      -1, batch, len(starts)
+    ),
     jnp.asarray(places, jnp.int32).reshape(-1, batch, len(space)),
     jnp.asarray(share, wide).reshape(-1, batch),
   )

@@ -103,6 +103,11 @@ def test_dtypes():
   np.testing.assert_array_equal(
     np.asarray(y, np.float32), np.asarray(narrow, np.float32)
   )
+  with jax.enable_x64(True):
+    wide = jnp.asarray(np.asarray(VOLUME, np.float64))
+    y = sliding_window(lambda x: x, wide, window=4)
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y, wide, rtol=1e-14)
 
 
 def test_one_trace_whatever_the_number_of_windows():
