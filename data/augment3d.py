@@ -203,8 +203,11 @@ def smooth_noise(
   z, y, x = kernels
   counts = [kernel.shape[1] for kernel in kernels]
   noise = rng.standard_normal((3, *counts), np.float32)
-  flat = (y @ (noise @ x.T)).reshape(3, counts[0], -1)
-  return (z @ flat).reshape(3, *shape)
+  # Not matmul: BLAS's threads would fight with the loader's over the cores.
+  rows = np.einsum("xi,nkji->nkjx", x, noise)
+  planes = np.einsum("yj,nkjx->nkyx", y, rows)
+  flat = planes.reshape(3, counts[0], -1)
+  return np.einsum("zk,nkf->nzf", z, flat).reshape(3, *shape)
 
 
 def _check(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
