@@ -48,6 +48,10 @@ class Reversal(NamedTuple):
     mismatches: how many of their elements differ.
     largest: the largest magnitude in the streams, over all layers.
     limit: that below which they are exact, 2^(24 - grid).
+
+  Example:
+    >>> Reversal(error=0.0, mismatches=0, largest=7.5, limit=4096.0).limit
+    4096.0
   """
 
   error: float

@@ -8,15 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from isthmus.attention.sdpa import save_attention
+from isthmus.nets.coupling import enter, snap
+from isthmus.nets.reversible import reversible_stack
 
 #: What `Stack.mode` may be.
-MODES = ("plain", "remat")
+MODES = ("plain", "remat", "reversible")
 
 
 class Stack(nn.Module):
   """`depth` copies of a block in a row, each with parameters of its own.
 
   A block takes `(x, **inputs)` and returns x, or (x, aux) with aux a dict.
+
+  With two streams, which mode "reversible" needs, each layer is
+  `x1 <- x1 + f(x2)`, `x2 <- x2 + g(x1)`; both streams begin as x, and their
+  mean comes out. For that a block names two of its methods in `branches`: f
+  and g, each `(x, **inputs)` -> dx, or (dx, aux). Its parameters are those
+  of one stream.
 
   Attributes:
     block: the block; its fields are those of every layer.
@@ -27,11 +35,20 @@ class Stack(nn.Module):
       `block_01`, ...: longer to compile, and XLA may work across layers.
       `stack_layers` and `unstack_layers` convert parameters.
     mode: "plain" keeps what the backward pass needs; "remat" keeps each
-      layer's input and what `policy` names, and computes the rest again.
+      layer's input and what `policy` names, and computes the rest again;
+      "reversible" keeps the last layer's output, whatever the depth, and
+      computes the rest backwards (`isthmus.nets.reversible`).
     policy: a policy of `jax.checkpoint` for mode "remat"; None keeps nothing.
+    streams: 1 or 2; None means 2 for mode "reversible" and else 1. Two
+      streams are another function of the same parameters; of two streams
+      every mode computes the same.
+    grid, cache: of two streams, see `reversible_stack`.
 
   Raises:
-    ValueError: depth below 1, or an unknown mode.
+    ValueError: depth below 1, an unknown mode, streams that the mode can't
+      have, two streams without scan; when called, a block of two streams
+      without branches, with variables that are no parameters, or, in mode
+      "reversible", with aux.
 
   Example:
     >>> from isthmus.nets.mlp import MlpBlock
@@ -48,9 +65,18 @@ class Stack(nn.Module):
   scan: bool = True
   mode: str = "plain"
   policy: Callable[..., Any] | None = save_attention
+  streams: int | None = None
+  grid: int | None = 12
+  cache: float = 0.0
 
   def __post_init__(self):
-    check_stack(self.depth, self.mode)
+    check_stack(
+      self.depth,
+      self.mode,
+      scan=self.scan,
+      streams=self.streams,
+      cache=self.cache,
+    )
     super().__post_init__()
 
   @nn.compact
@@ -75,10 +101,11 @@ class Stack(nn.Module):
         raise ValueError(
           f"an input of {self.depth} layers has the shape {leaf.shape}"
         )
+    if (self.streams or 1 + (self.mode == "reversible")) == 2:
+      return self._two(x, layers, shared)
 
     def call(block, x, own):
-      out = block(x, **own, **shared)
-      return out if isinstance(out, tuple) else (out, {})
+      return _with_aux(block(x, **own, **shared))
 
     if self.mode == "remat":
       # A loop's passes can't be merged by XLA; layers written out can.
@@ -98,8 +125,119 @@ class Stack(nn.Module):
       auxes.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
 
+  def _two(self, x, layers, shared):
+    """Of two streams."""
+    block = self.block.copy(parent=None, name=None)
+    if len(getattr(block, "branches", ())) != 2:
+      raise ValueError(
+        f"two streams need a block with two branches; {type(block).__name__}"
+        " names none"
+      )
+    pair = enter((x, x), self.grid)
+    if layers or self.is_initializing():
+      # Caches are read, and parameters made, without a gradient.
+      pair, aux = self._couple(pair, x.dtype, layers, shared)
+    else:
+      pair, aux = self._reverse(block, pair, x.dtype, shared), {}
+    return ((pair[0] + pair[1]) / 2).astype(x.dtype), aux
 
-def check_stack(depth: int, mode: str) -> None:
+  def _couple(self, pair, dtype, layers, shared):
+    """The layers in a loop of Flax's."""
+
+    def call(block, pair, own):
+      x1, x2 = pair
+      first, second = (getattr(block, name) for name in block.branches)
+      df, aux_f = _with_aux(first(x2.astype(dtype), **own, **shared))
+      y1 = x1 + snap(df, x1, self.grid)
+      dg, aux_g = _with_aux(second(y1.astype(dtype), **own, **shared))
+      return (y1, x2 + snap(dg, x2, self.grid)), {**aux_f, **aux_g}
+
+    loop = nn.scan(
+      call,
+      variable_axes={True: 0},
+      split_rngs={True: True},
+      length=self.depth,
+    )
+    return loop(self.block.copy(name="blocks"), pair, layers)
+
+  def _reverse(self, block, pair, dtype, shared):
+    """The layers as a pure function of their parameters."""
+    others = [c for c in self.variables if c != "params"]
+    if others:
+      raise ValueError(
+        f"a stack of two streams has parameters alone, not {others}"
+      )
+    params = self.variables["params"]["blocks"]
+    arrays = {k: v for k, v in shared.items() if _is_traced(v)}
+    fixed = {k: v for k, v in shared.items() if k not in arrays}
+
+    def branch(name):
+      def run(p, x, *, key, state, aux):
+        out = block.apply(
+          {"params": p},
+          x.astype(dtype),
+          method=name,
+          rngs=None if key is None else {"dropout": key},
+          **aux,
+          **fixed,
+        )
+        dx, extra = _with_aux(out)
+        if extra:
+          raise ValueError(
+            f"mode {self.mode!r} of two streams has no aux; {name} returns"
+            f" {', '.join(extra)}"
+          )
+        return dx, state
+
+      return run
+
+    def owned(name):
+      """Those of the block's parameters that a branch reads."""
+      keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+      init = lambda x, inputs: block.init(
+        keys, x, method=name, **inputs, **fixed
+      )
+      made = jax.eval_shape(init, pair[0].astype(dtype), arrays)
+      return {n: params[n] for n in made.get("params", {})}
+
+    first, second = (branch(name) for name in block.branches)
+    own = tuple(owned(name) for name in block.branches)
+    if unread := set(params) - set().union(*own):
+      raise ValueError(f"no branch reads the parameters {sorted(unread)}")
+    remat = self.mode == "remat"
+    pair, _ = reversible_stack(
+      first,
+      second,
+      own,
+      pair,
+      keys=self.make_rng("dropout") if self.has_rng("dropout") else None,
+      aux=arrays,
+      mode=self.mode,
+      grid=self.grid,
+      cache=self.cache,
+      policy=self.policy if remat else None,
+    )
+    return pair
+
+
+def _with_aux(out):
+  return out if isinstance(out, tuple) else (out, {})
+
+
+def _is_traced(value):
+  """Whether an input is a tree of arrays, not a setting."""
+  leaves = jax.tree.leaves(value)
+  return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+def check_stack(
+  depth: int,
+  mode: str,
+  *,
+  scan: bool = True,
+  streams: int | None = None,
+  cache: float = 0.0,
+) -> None:
   """Raises ValueError for what a Stack can't be built of.
 
   Example:
@@ -111,6 +249,14 @@ def check_stack(depth: int, mode: str) -> None:
     raise ValueError(f"depth is {depth}; it must be at least 1")
   if mode not in MODES:
     raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+  if streams not in (None, 1, 2):
+    raise ValueError(f"streams is {streams}; it is 1 or 2")
+  if streams == 1 and mode == "reversible":
+    raise ValueError("mode 'reversible' has 2 streams; streams is 1")
+  if (streams == 2 or mode == "reversible") and not scan:
+    raise ValueError("two streams need scan=True; scan is False")
+  if cache and mode != "reversible":
+    raise ValueError(f"cache is {cache}; mode {mode!r} has nothing to cache")
 
 
 def stack_layers(params: Any) -> Any:

@@ -1,7 +1,7 @@
 """A decoder of pre-norm blocks: RoPE, grouped-query attention, SwiGLU."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,9 @@ from isthmus.nets.stack import Stack, check_stack
 
 class Block(nn.Module):
   """`x <- x + attn(norm(x))`, `x <- x + mlp(norm(x))`.
+
+  What is added are the branches `attend(x)` and `feed(x)`, which a stack of
+  two streams runs on one stream each.
 
   Attributes:
     attn: returns (y, aux).
@@ -43,25 +46,40 @@ class Block(nn.Module):
   eps: float = 1e-6
   param_dtype: Any = jnp.float32
 
-  @nn.compact
+  branches: ClassVar[tuple[str, str]] = ("attend", "feed")
+
+  def setup(self):
+    for name in ("attn", "mlp"):
+      norm = RMSNorm(eps=self.eps, param_dtype=self.param_dtype)
+      setattr(self, f"norm_{name}", norm)
+      if self.dropout:
+        setattr(self, f"drop_{name}", nn.Dropout(self.dropout))
+
   def __call__(
     self, x: Float[Array, "b t m"], *, train: bool = False, **inputs: Any
   ) -> tuple[Float[Array, "b t m"], dict[str, Any]]:
     """Runs the block; `inputs` go to `attn`, whose aux is returned."""
+    y, aux = self.attend(x, train=train, **inputs)
+    x = x + y
+    return x + self.feed(x, train=train), aux
 
-    def norm(name):
-      return RMSNorm(eps=self.eps, param_dtype=self.param_dtype, name=name)
+  def attend(
+    self, x: Float[Array, "b t m"], *, train: bool = False, **inputs: Any
+  ) -> tuple[Float[Array, "b t m"], dict[str, Any]]:
+    """What attention adds to x, and its aux; `inputs` go to `attn`."""
+    y, aux = self.attn(self.norm_attn(x), train=train, **inputs)
+    if self.dropout:
+      y = self.drop_attn(y, deterministic=not train)
+    return y, aux
 
-    def drop(y, name):
-      if not self.dropout:
-        return y
-      return nn.Dropout(self.dropout, name=name)(y, deterministic=not train)
-
-    h = norm("norm_attn")(x)
-    y, aux = self.attn(h, train=train, **inputs)
-    x = x + drop(y, "drop_attn")
-    y = self.mlp(norm("norm_mlp")(x), train=train)
-    return x + drop(y, "drop_mlp"), aux
+  def feed(
+    self, x: Float[Array, "b t m"], *, train: bool = False, **inputs: Any
+  ) -> Float[Array, "b t m"]:
+    """What `mlp` adds to x; `inputs` are those of `attend`, not read here."""
+    y = self.mlp(self.norm_mlp(x), train=train)
+    if self.dropout:
+      y = self.drop_mlp(y, deterministic=not train)
+    return y
 
 
 class Decoder(nn.Module):
@@ -95,7 +113,8 @@ class Decoder(nn.Module):
     dtype: what is multiplied; statistics and logits are float32.
     param_dtype: what is stored.
     attend: the attention mechanism, see `Attention`.
-    scan, mode, policy: see `Stack`.
+    scan, mode, policy, streams, grid, cache: see `Stack`. Mode "reversible"
+      stores no layer's activations.
 
   Raises:
     ValueError: sizes that don't fit, at construction.
@@ -129,9 +148,18 @@ class Decoder(nn.Module):
   scan: bool = True
   mode: str = "plain"
   policy: Callable[..., Any] | None = save_attention
+  streams: int | None = None
+  grid: int | None = 12
+  cache: float = 0.0
 
   def __post_init__(self):
-    check_stack(self.depth, self.mode)
+    check_stack(
+      self.depth,
+      self.mode,
+      scan=self.scan,
+      streams=self.streams,
+      cache=self.cache,
+    )
     for name in ("vocab_size", "width", "num_heads"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
@@ -180,7 +208,14 @@ class Decoder(nn.Module):
     )
     self.embed = Table(self.vocab_size, self.width, self.param_dtype)
     self.stack = Stack(
-      block, self.depth, scan=self.scan, mode=self.mode, policy=self.policy
+      block,
+      self.depth,
+      scan=self.scan,
+      mode=self.mode,
+      policy=self.policy,
+      streams=self.streams,
+      grid=self.grid,
+      cache=self.cache,
     )
     self.norm = RMSNorm(eps=self.eps, param_dtype=self.param_dtype)
     if self.dropout:
