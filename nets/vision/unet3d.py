@@ -283,3 +283,5 @@ def _check(net: UNet3D) -> None:
       f"cache is {net.cache}, mode {net.mode!r}; it is a share in [0, 1], of"
       " mode 'reversible'"
     )
+  if net.grid is not None and not 0 <= net.grid <= 23:
+    raise ValueError(f"grid is {net.grid}; it is None or in [0, 23]")
