@@ -16,7 +16,7 @@ from isthmus.train.tasks.lm import cross_entropy
 from isthmus.train.tasks.task import Aux, Batch, Sums
 
 #: Labels [...] -> which regions each voxel lies in, bool [..., n].
-Regions = Callable[[jax.Array], jax.Array]
+Regions = Callable[[Any], Any]
 _COUNTS = 2**31
 
 

@@ -12,6 +12,7 @@ from tests.train.recipes import suite
 RECIPES = [
   "hourglass_mlp",
   "quickstart",
+  "reversible_unet3d",
 ]
 
 FITS = [name for name in RECIPES if suite.is_fit(name)]

@@ -1,0 +1,320 @@
+"""A 3D U-Net with reversible MBConv blocks, on a brain.
+
+Link: https://arxiv.org/abs/2104.09648
+Year: 2021
+Family: vision
+Core: nets/vision/unet3d.py
+Reproduced: the partially reversible 3D U-Net with MBConv blocks, trained with
+  its layers computed backwards and, at the same seed, with all of them kept:
+  the Dice of both on voxels that were not trained on. `memory` is a table of
+  the largest volume, depth and width within 2 GiB, from compiled programs.
+Simplified: nilearn's MNI152 template (one head, the mean of 152, at 1 mm; grey
+  and white matter) for BraTS. Its halves mirror each other exactly, so that a
+  left half would hold out nothing of the right one: held out is the front, 64
+  of 233 planes. Patches of 64^3, widths 16, 32, 64, depth 4, expansion 2, 120
+  steps of Adam without augmentation; cross-entropy is added to the soft Dice,
+  over exclusive classes. `full` is of BraTS, its three regions and soft Dice
+  alone, and not run.
+Command: python -m train.main --config reversible_unet3d:pair
+Claim: at a fixed memory volumes up to 3 times as large, or 25% more depth, or
+  twice the channels of the same net that keeps its activations; paper's claim
+Measured: not run
+Check: none
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from isthmus.data.brats import BratsFolder, regions
+from isthmus.data.volume import BrainVolume
+from isthmus.nets.vision.sliding import sliding_window
+from isthmus.nets.vision.unet3d import UNet3D
+from isthmus.train import log
+from isthmus.train import workdir as folder
+from isthmus.train.config import choose
+from isthmus.train.jobs import Fit
+from isthmus.train.metrics.dice import hard_dice
+from isthmus.train.metrics.memory import largest, step_bytes
+from isthmus.train.optim.chain import Optimizer
+from isthmus.train.study import Results, Study
+from isthmus.train.tasks.segment import Segment
+
+NAMES = ("background", "grey", "white")
+# Its front: 64 of 233 planes along y, a patch deep.
+HELD_OUT = 64 / 233
+FRONT = (189, 64, 197)
+# What "the same Dice" means; set before the runs.
+NEAR = 0.01
+
+
+def get_config(variant: str = "cpu") -> Any:
+  """`cpu`: minutes; `pair`: it in two modes; `smoke`; `full`: BraTS, a GPU.
+
+  `memory` compiles nets for a budget and runs none.
+  """
+  return choose(
+    {
+      "cpu": _cpu,
+      "pair": lambda: Study(
+        grid=functools.partial(pair, steps=120), seeds=1, report=compare
+      ),
+      "memory": Limits,
+      "smoke": _smoke,
+      "full": _full,
+    },
+    variant,
+  )
+
+
+def pair(*, steps: int, size: int = 64, stride: int = 32) -> dict[str, Fit]:
+  """One run that computes its layers backwards, one that keeps them."""
+  job = _cpu(steps=steps, size=size, stride=stride)
+  return {
+    mode: dataclasses.replace(job, model=job.model.clone(mode=mode))
+    for mode in ("reversible", "plain")
+  }
+
+
+def _cpu(steps: int = 120, size: int = 64, stride: int = 32) -> Fit:
+  return Fit(
+    model=UNet3D(classes=len(NAMES), widths=(16, 32, 64), depth=4, expand=2),
+    task=Segment(names=NAMES, cross_entropy=1.0),
+    data=BrainVolume(size=size, stride=stride, eval_fraction=HELD_OUT),
+    optimizer=Optimizer(learning_rate=5e-3, warmup=10, weight_decay=1e-2),
+    steps=steps,
+    batch_size=1,
+    save_every=40,
+    log_every=5,
+    report=show,
+  )
+
+
+def _smoke() -> Fit:
+  return Fit(
+    # These blocks compile in half the time of MBConv.
+    model=UNet3D(classes=len(NAMES), widths=(4, 8), depth=2, block="conv"),
+    task=Segment(names=NAMES, cross_entropy=1.0),
+    data=BrainVolume(size=16, foreground=0.5, eval_fraction=HELD_OUT),
+    optimizer=Optimizer(learning_rate=2e-2, warmup=2),
+    steps=6,
+    batch_size=8,
+    save_every=3,
+    log_every=1,
+  )
+
+
+def _full() -> Fit:
+  return Fit(
+    model=UNet3D(classes=3, dtype=jnp.bfloat16),
+    task=Segment(regions=regions, names=("WT", "TC", "ET")),
+    # 155 planes don't halve four times: two patches of 144 overlap.
+    data=BratsFolder("brats", size=(144, 240, 240)),
+    optimizer=Optimizer(learning_rate=1e-4, weight_decay=1e-5),
+    steps=20_000,
+    batch_size=1,
+    save_every=1000,
+  )
+
+
+# --- what fits ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+  """The largest nets whose training step fits a budget, by mode.
+
+  The step is compiled for this backend and not run: what counts is the memory
+  that XLA plans for it besides parameters, batch and gradients.
+
+  Attributes:
+    budget: GiB.
+    size, depth, width: voxels along a side, layers a level and channels of the
+      first level (twice as many in each further one) of the net of which one
+      is enlarged at a time.
+    most: the largest size, depth and width that are tried.
+    modes: of `UNet3D`.
+  """
+
+  budget: float = 2.0
+  size: int = 48
+  depth: int = 4
+  width: int = 16
+  most: tuple[int, int, int] = (256, 64, 128)
+  modes: tuple[str, ...] = ("plain", "remat", "reversible")
+
+  def __post_init__(self):
+    for name in ("size", "depth", "width"):
+      low = 8 if name == "size" else 4
+      if getattr(self, name) < low or getattr(self, name) % 4:
+        raise ValueError(
+          f"{name} is {getattr(self, name)}; it is a multiple of 4 of at"
+          f" least {low}, the steps of the search"
+        )
+    if not self.budget > 0:
+      raise ValueError(f"budget is {self.budget} GiB; it is above 0")
+
+  def need(self, mode: str, size: int, depth: int, width: int) -> float:
+    """GiB of a training step on one volume."""
+    model = UNet3D(
+      classes=len(NAMES),
+      widths=(width, 2 * width, 4 * width),
+      depth=depth,
+      expand=2,
+      mode=mode,
+    )
+    return step_bytes(model, Segment(), (1, size, size, size, 1)) / 2**30
+
+  def run(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    source: dict[str, Any] | None = None,
+    force: bool = False,
+  ) -> dict[str, float]:
+    """Writes limits.md; returns `MODE/size`, `MODE/depth`, `MODE/width`."""
+    path = pathlib.Path(workdir).absolute()
+    start = {"size": self.size, "depth": self.depth, "width": self.width}
+    names = tuple(start)
+    lines = [f"| mode, {self.budget:g} GiB | {' | '.join(names)} |"]
+    lines.append("|---|---|---|---|")
+    results = {}
+    with folder.lock(path):
+      folder.record(path, self, source=source or {}, force=force)
+      for mode in self.modes:
+        row = [mode]
+        for name, most in zip(names, self.most, strict=True):
+          found = largest(
+            lambda n, mode=mode, name=name: self.need(
+              mode, **{**start, name: n}
+            ),
+            self.budget,
+            low=8 if name == "size" else 4,  # 4 leaves 1 voxel below
+            high=most,
+            step=4,
+          )
+          results[f"{mode}/{name}"] = float(found)
+          row.append(f"{found}{' or more' if found == most else ''}")
+          log.say(f"{mode}: {name} {row[-1]}")
+        lines.append(f"| {' | '.join(row)} |")
+      text = "\n".join(lines)
+      print(text)
+      (path / "limits.md").write_text(text + "\n")
+    return results
+
+
+# --- what the runs say ---
+
+
+def show(
+  job: Fit, workdir: pathlib.Path, params: Any, results: dict[str, float]
+) -> dict[str, float]:
+  """slice.png, and the Dice over all of the front by overlapping windows."""
+  data = job.data
+  assert isinstance(data, BrainVolume)
+  whole = dataclasses.replace(data, size=FRONT, stride=None, foreground=0.0)
+  front = whole.open("eval")[0]
+  image, label = front["image"], front["label"]
+
+  @jax.jit
+  def predict(params, image):
+    logits = sliding_window(
+      lambda x: job.model.apply({"params": params}, x),
+      image,
+      window=data.size,
+    )
+    return logits.argmax(-1)
+
+  found = np.asarray(predict(params, jnp.asarray(image)), np.int32)
+  figures = _dice(found, label)
+  # Where the front's two tissues are both there and most of them.
+  y = int(np.argmax((label > 0).sum((0, 2))))
+  _plot(
+    {
+      "T1-weighted image": image[:, y, :, 0],
+      "truth": label[:, y],
+      f"prediction, Dice {figures['volume/dice']:.3f}": found[:, y],
+    },
+    workdir / "slice.png",
+  )
+  return figures
+
+
+def compare(
+  study: Study, workdir: pathlib.Path, results: Results
+) -> dict[str, float]:
+  """report.md: the Dice of both modes, and whether they are the same."""
+  kinds = ("volume/dice", "eval/dice", "eval/loss")
+  figures = {
+    f"{mode}/{kind}": sum(run[kind] for run in runs) / len(runs)
+    for mode, runs in results.items()
+    for kind in kinds
+  }
+  modes = tuple(results)
+  lines = [f"| mode | {' | '.join(kinds)} |", "|---|---|---|---|"]
+  for mode in modes:
+    row = " | ".join(f"{figures[f'{mode}/{kind}']:.4f}" for kind in kinds)
+    lines.append(f"| {mode} | {row} |")
+  for kind in kinds[:2]:
+    apart = [
+      abs(a[kind] - b[kind])
+      for a, b in zip(*(results[mode] for mode in modes), strict=True)
+    ]
+    figures[f"{kind}_difference"] = max(apart)
+    verdict = "replicated" if max(apart) <= NEAR else "refuted"
+    lines.append(
+      f"\n{kind} within {NEAR} for every seed: {verdict} ({max(apart):.4f})"
+    )
+  text = "\n".join(lines)
+  print(text)
+  (workdir / "report.md").write_text(text + "\n")
+  return figures
+
+
+def _dice(
+  found: Int[np.ndarray, "z y x"], label: Int[np.ndarray, "z y x"]
+) -> dict[str, float]:
+  tissues = range(1, len(NAMES))
+  values = hard_dice(
+    [float(((found == i) & (label == i)).sum()) for i in tissues],
+    [float((found == i).sum()) for i in tissues],
+    [float((label == i).sum()) for i in tissues],
+  )
+  named = zip(NAMES[1:], values, strict=True)
+  return {
+    "volume/dice": sum(values) / len(values),
+    **{f"volume/dice/{name}": value for name, value in named},
+  }
+
+
+def _plot(
+  pictures: dict[str, Float[np.ndarray, "z x"] | Int[np.ndarray, "z x"]],
+  path: pathlib.Path,
+) -> None:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.colors import ListedColormap
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 3.2), layout="constrained")
+  FigureCanvasAgg(figure)
+  tissue = ListedColormap(["black", "tab:gray", "white"])
+  for i, (title, picture) in enumerate(pictures.items()):
+    axes = figure.add_subplot(1, len(pictures), i + 1)
+    last = len(NAMES) - 1 if i else None
+    axes.imshow(
+      picture,
+      cmap=tissue if i else "gray",
+      vmin=0,
+      vmax=last,
+      origin="lower",
+      interpolation="nearest",
+    )
+    axes.set_title(title, fontsize=10)
+    axes.axis("off")
+  figure.savefig(path, dpi=90)
