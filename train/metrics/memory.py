@@ -24,9 +24,10 @@ def step_bytes(model: nn.Module, task: Task, shape: tuple[int, ...]) -> int:
     ValueError: a backend that doesn't tell.
 
   Example:
+    >>> from isthmus.nets.mlp import Mlp
     >>> from isthmus.train.tasks.segment import Segment
     >>> small, large = (
-    ...   step_bytes(nn.Dense(2), Segment(), (1, n, n, n, 1)) for n in (8, 16)
+    ...   step_bytes(Mlp(8), Segment(), (1, n, n, n, 2)) for n in (8, 16)
     ... )
     >>> large > 4 * small
     True

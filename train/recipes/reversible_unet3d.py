@@ -6,8 +6,8 @@ Family: vision
 Core: nets/vision/unet3d.py
 Reproduced: the partially reversible 3D U-Net with MBConv blocks, trained with
   its layers computed backwards and, at the same seed, with all of them kept:
-  the Dice of both on voxels that were not trained on. `memory` is a table of
-  the largest volume, depth and width within 2 GiB, from compiled programs.
+  the Dice of both on voxels that were not trained on. The largest volume,
+  depth and width within a budget are the recipe `reversible_memory`'s.
 Simplified: nilearn's MNI152 template (one head, the mean of 152, at 1 mm; grey
   and white matter) for BraTS. Its halves mirror each other exactly, so that a
   left half would hold out nothing of the right one: held out is the front, 64
@@ -36,12 +36,9 @@ from isthmus.data.brats import BratsFolder, regions
 from isthmus.data.volume import BrainVolume
 from isthmus.nets.vision.sliding import sliding_window
 from isthmus.nets.vision.unet3d import UNet3D
-from isthmus.train import log
-from isthmus.train import workdir as folder
 from isthmus.train.config import choose
 from isthmus.train.jobs import Fit
 from isthmus.train.metrics.dice import hard_dice
-from isthmus.train.metrics.memory import largest, step_bytes
 from isthmus.train.optim.chain import Optimizer
 from isthmus.train.study import Results, Study
 from isthmus.train.tasks.segment import Segment
@@ -54,18 +51,14 @@ FRONT = (189, 64, 197)
 NEAR = 0.01
 
 
-def get_config(variant: str = "cpu") -> Any:
-  """`cpu`: minutes; `pair`: it in two modes; `smoke`; `full`: BraTS, a GPU.
-
-  `memory` compiles nets for a budget and runs none.
-  """
+def get_config(variant: str = "cpu") -> Fit | Study:
+  """`cpu`: minutes; `pair`: it in two modes; `smoke`; `full`: BraTS, a GPU."""
   return choose(
     {
       "cpu": _cpu,
       "pair": lambda: Study(
         grid=functools.partial(pair, steps=120), seeds=1, report=compare
       ),
-      "memory": Limits,
       "smoke": _smoke,
       "full": _full,
     },
@@ -121,92 +114,6 @@ def _full() -> Fit:
     batch_size=1,
     save_every=1000,
   )
-
-
-# --- what fits ---
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-  """The largest nets whose training step fits a budget, by mode.
-
-  The step is compiled for this backend and not run: what counts is the memory
-  that XLA plans for it besides parameters, batch and gradients.
-
-  Attributes:
-    budget: GiB.
-    size, depth, width: voxels along a side, layers a level and channels of the
-      first level (twice as many in each further one) of the net of which one
-      is enlarged at a time.
-    most: the largest size, depth and width that are tried.
-    modes: of `UNet3D`.
-  """
-
-  budget: float = 2.0
-  size: int = 48
-  depth: int = 4
-  width: int = 16
-  most: tuple[int, int, int] = (256, 64, 128)
-  modes: tuple[str, ...] = ("plain", "remat", "reversible")
-
-  def __post_init__(self):
-    for name in ("size", "depth", "width"):
-      low = 8 if name == "size" else 4
-      if getattr(self, name) < low or getattr(self, name) % 4:
-        raise ValueError(
-          f"{name} is {getattr(self, name)}; it is a multiple of 4 of at"
-          f" least {low}, the steps of the search"
-        )
-    if not self.budget > 0:
-      raise ValueError(f"budget is {self.budget} GiB; it is above 0")
-
-  def need(self, mode: str, size: int, depth: int, width: int) -> float:
-    """GiB of a training step on one volume."""
-    model = UNet3D(
-      classes=len(NAMES),
-      widths=(width, 2 * width, 4 * width),
-      depth=depth,
-      expand=2,
-      mode=mode,
-    )
-    return step_bytes(model, Segment(), (1, size, size, size, 1)) / 2**30
-
-  def run(
-    self,
-    workdir: str | pathlib.Path,
-    *,
-    source: dict[str, Any] | None = None,
-    force: bool = False,
-  ) -> dict[str, float]:
-    """Writes limits.md; returns `MODE/size`, `MODE/depth`, `MODE/width`."""
-    path = pathlib.Path(workdir).absolute()
-    start = {"size": self.size, "depth": self.depth, "width": self.width}
-    names = tuple(start)
-    lines = [f"| mode, {self.budget:g} GiB | {' | '.join(names)} |"]
-    lines.append("|---|---|---|---|")
-    results = {}
-    with folder.lock(path):
-      folder.record(path, self, source=source or {}, force=force)
-      for mode in self.modes:
-        row = [mode]
-        for name, most in zip(names, self.most, strict=True):
-          found = largest(
-            lambda n, mode=mode, name=name: self.need(
-              mode, **{**start, name: n}
-            ),
-            self.budget,
-            low=8 if name == "size" else 4,  # 4 leaves 1 voxel below
-            high=most,
-            step=4,
-          )
-          results[f"{mode}/{name}"] = float(found)
-          row.append(f"{found}{' or more' if found == most else ''}")
-          log.say(f"{mode}: {name} {row[-1]}")
-        lines.append(f"| {' | '.join(row)} |")
-      text = "\n".join(lines)
-      print(text)
-      (path / "limits.md").write_text(text + "\n")
-    return results
 
 
 # --- what the runs say ---
