@@ -57,8 +57,10 @@ class MBConv(nn.Module):
   Example:
     >>> block = MBConv(expand=6, se_ratio=0.25, residual=True)
     >>> for shape in ((1, 8, 8, 16), (1, 8, 8, 8, 16)):
-    ...   x = jnp.ones(shape)
-    ...   y, variables = block.init_with_output(jax.random.key(0), x)
+    ...   x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    ...   y, variables = jax.eval_shape(
+    ...     block.init_with_output, jax.random.key(0), x
+    ...   )
     ...   print(y.shape, variables["params"]["depthwise"]["kernel"].shape)
     (1, 8, 8, 16) (3, 3, 1, 96)
     (1, 8, 8, 8, 16) (3, 3, 3, 1, 96)

@@ -32,8 +32,10 @@ class ReversibleBlocks(nn.Module):
   Example:
     >>> from isthmus.nets.mbconv import MBConv
     >>> blocks = ReversibleBlocks(MBConv(parent=None), depth=3)
-    >>> pair = (jnp.ones((1, 4, 4, 8)),) * 2
-    >>> (y1, y2), variables = blocks.init_with_output(jax.random.key(0), pair)
+    >>> pair = (jax.ShapeDtypeStruct((1, 4, 4, 8), jnp.float32),) * 2
+    >>> (y1, y2), variables = jax.eval_shape(
+    ...   blocks.init_with_output, jax.random.key(0), pair
+    ... )
     >>> y1.shape, variables["params"]["f"]["expand"]["kernel"].shape
     ((1, 4, 4, 8), (3, 8, 32))
   """

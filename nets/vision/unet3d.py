@@ -64,8 +64,9 @@ class UNet3D(nn.Module):
 
   Example:
     >>> model = UNet3D(classes=3, widths=(8, 16), depth=2)
-    >>> (logits, aux), variables = model.init_with_output(
-    ...   jax.random.key(0), jnp.ones((1, 8, 8, 4, 1))
+    >>> image = jax.ShapeDtypeStruct((1, 8, 8, 4, 1), jnp.float32)
+    >>> (logits, aux), variables = jax.eval_shape(
+    ...   model.init_with_output, jax.random.key(0), image
     ... )
     >>> logits.shape
     (1, 8, 8, 4, 3)

@@ -45,10 +45,11 @@ def apart(a, b):
 @pytest.mark.parametrize(
   "branch, options, bound",
   [
-    (
+    pytest.param(
       MBConv(expand=2, se_ratio=0.5, norm="batch", parent=None),
       {"dropout": 0.3, "cache": 0.5},
       1e-5,
+      marks=pytest.mark.slow,
     ),
     (MBConv(expand=2, dtype=jnp.bfloat16, parent=None), {}, 5e-3),
     (ConvBlock(parent=None), {"cache": 1.0}, 1e-5),

@@ -144,6 +144,7 @@ def test_gradients_are_those_of_autodiff(model, bound):
     assert np.abs(leaf).max() > 0, path_name(path)
 
 
+@pytest.mark.slow
 def test_dropout_is_a_training_matter():
   model = small(dropout=0.5)
   made = variables(model)
