@@ -181,17 +181,14 @@ def test_parameters_move_between_modes():
 
 @pytest.mark.slow
 def test_four_devices_change_nothing():
-  """Rows over `data`, what is inside of MBConv over `model`.
+  """Rows over `data`, what convolutions give over `model`.
 
   On a fine grid: sums in another order move a rounding by one of its steps.
   """
-  model = inverted(grid=18)
+  model = small(depth=1, grid=18)
   made = variables(model)
   mesh = Mesh(data=2, model=2).build(jax.devices()[:4])
-  rules = (
-    (r"(expand|depthwise)/kernel$", P("model")),
-    (r"project/kernel$", P("model", None)),
-  )
+  rules = ((r"conv/kernel$", P("model")),)
   spread = jax.device_put(
     made["params"], shardings(made["params"], rules, mesh)
   )
@@ -202,7 +199,7 @@ def test_four_devices_change_nothing():
     )
     (_, (logits, _)), found = run(spread, rows)
   assert len(logits.sharding.device_set) == 4
-  kernel = found["encoder_0"]["f"]["expand"]["kernel"]
+  kernel = found["encoder_0"]["f"]["conv"]["kernel"]
   assert not kernel.sharding.is_fully_replicated
   (_, (expected, _)), gradients = graded(model, made)
   assert distance(logits, expected) < 1e-5
