@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -59,6 +58,7 @@ class ViT(nn.Module):
       another shape.
 
   Example:
+    >>> import jax
     >>> model = ViT(classes=10, size=8, patch=2, width=32, depth=2, num_heads=4)
     >>> (logits, aux), variables = model.init_with_output(
     ...   jax.random.key(0), jnp.ones((5, 8, 8, 3))

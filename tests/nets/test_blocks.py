@@ -17,6 +17,7 @@ from isthmus.nets import (
   SqueezeExcite,
   Stack,
 )
+from isthmus.nets.vision.vit import ViT
 from isthmus.train.mesh import P
 from tests.nets import suite
 from tests.nets.suite import Entry
@@ -59,6 +60,24 @@ def _decoder(dtype, dropout=0.0):
     dtype=dtype,
     dropout=dropout,
   )
+
+
+def _vit(dtype, dropout=0.0):
+  return ViT(
+    classes=10,
+    size=(4, 6),
+    patch=2,
+    width=32,
+    depth=2,
+    num_heads=4,
+    scan=False,
+    dtype=dtype,
+    dropout=dropout,
+  )
+
+
+def _pictures(key):
+  return jax.random.normal(key, (8, 4, 6, 3))
 
 
 def _tokens(key):
@@ -127,6 +146,15 @@ BLOCKS = [
     build=_decoder,
     inputs=_tokens,
     output=(8, 6, 40),
+    wide=True,
+    rules=ATTENTION + MLP,
+    dropout=True,
+  ),
+  Entry(
+    name="vit",
+    build=_vit,
+    inputs=_pictures,
+    output=(8, 10),
     wide=True,
     rules=ATTENTION + MLP,
     dropout=True,
