@@ -143,16 +143,6 @@ def enter(x: Any, grid: int | None) -> Pair:
   return snap(x1, zero, grid), snap(x2, zero, grid)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _round(z, grid):
-  return jnp.round(z * 2.0**grid) * 2.0**-grid
-
-
-@_round.defjvp
-def _(grid, primals, tangents):
-  return _round(primals[0], grid), tangents[0]
-
-
 def snap(dx: Array, stream: Array, grid: int | None) -> Array:
   """dx as it is added to a stream: of its dtype, a multiple of 2^-grid.
 
@@ -165,7 +155,11 @@ def snap(dx: Array, stream: Array, grid: int | None) -> Array:
   if kind.nmant < jnp.finfo(stream.dtype).nmant:
     # XLA may leave out a rounding to bfloat16 and back, here but not there.
     dx = jax.lax.reduce_precision(dx, kind.nexp, kind.nmant)
-  return dx if grid is None else _round(dx, grid)
+  if grid is None:
+    return dx
+  # Exactly the rounded value, with the derivative 1 of any order.
+  low = jnp.round(dx * 2.0**grid) * 2.0**-grid
+  return jax.lax.stop_gradient(low) + (dx - jax.lax.stop_gradient(dx))
 
 
 def _step(stack, x, i, aux, grid):
