@@ -224,3 +224,116 @@ def test_bad_settings():
     Stack(Residual(), 2, mode="reversed")
   with pytest.raises(ValueError, match="depth is 0"):
     Stack(Residual(), 0)
+
+
+class Branched(nn.Module):
+  """Two branches; f may drop, or keep something beside."""
+
+  rate: float = 0.0
+  aux: bool = False
+  branches = ("f", "g")
+
+  def setup(self):
+    self.up, self.down = nn.Dense(16), nn.Dense(8)
+    self.mix = nn.Dense(8)
+    self.drop = nn.Dropout(self.rate)
+
+  def f(self, x, *, train=False, shift=None, state=None):
+    h = self.drop(jnp.tanh(self.up(x)), deterministic=not train)
+    h = self.down(h)
+    if shift is not None:
+      h = h + shift
+    if state is not None:
+      return h + state, {"state": state + 1}
+    return (h, {"size": h.sum()}) if self.aux else h
+
+  def g(self, x, *, train=False, shift=None, state=None):
+    return jnp.sin(self.mix(x))
+
+  def __call__(self, x, **inputs):
+    x = x + self.f(x, **inputs)
+    return x + self.g(x, **inputs)
+
+
+TWO = [("plain", {"streams": 2}), ("remat", {"streams": 2}), ("reversible", {})]
+
+
+def test_two_streams_are_the_same_in_every_mode():
+  shift = jax.random.normal(jax.random.key(3), (5, 8))
+  one = make(True, "plain", Branched()).init(jax.random.key(1), X)["params"]
+
+  def oracle(params, x, shift):
+    x1 = x2 = x
+    for i in range(DEPTH):
+      own = {"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}
+      x1 = x1 + Branched().apply(own, x2, shift=shift, method="f")
+      x2 = x2 + Branched().apply(own, x1, shift=shift, method="g")
+    return (((x1 + x2) / 2) ** 2).sum()
+
+  want = jax.grad(oracle, (0, 1, 2))(one, X, shift)
+  for mode, options in [*TWO, ("reversible", {"cache": 0.5})]:
+    # On a fine grid: the oracle has none.
+    model = make(True, mode, Branched(), grid=20, **options)
+    params = model.init(jax.random.key(1), X)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, one)
+
+    def loss(params, x, shift, model=model):
+      y, aux = model.apply({"params": params}, x, shift=shift, train=True)
+      assert aux == {}
+      return (y**2).sum()
+
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(params, X, shift)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+    jax.tree.map(near, grads, want)
+  single = make(True, "plain", Branched())
+  apart = (
+    single.apply({"params": one}, X)[0] - model.apply({"params": one}, X)[0]
+  )
+  assert float(jnp.abs(apart).max()) > 1e-3
+
+
+def test_two_streams_drop_alike_in_every_mode():
+  found = []
+  for mode, options in TWO:
+    model = make(True, mode, Branched(rate=0.5), **options)
+    params = model.init(jax.random.key(1), X)["params"]
+
+    def loss(params, key, model=model):
+      rngs = {"dropout": key}
+      y, _ = model.apply({"params": params}, X, train=True, rngs=rngs)
+      return (y**2).sum()
+
+    found.append(jax.grad(loss)(params, jax.random.key(0)))
+    assert float(loss(params, jax.random.key(0))) != float(
+      loss(params, jax.random.key(1))
+    )
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  for grads in found[1:]:
+    jax.tree.map(near, grads, found[0])
+
+
+def test_two_streams_with_an_input_of_each_layer():
+  """As a cache is: read and written by a loop, with the same values."""
+  model = make(True, "reversible", Branched())
+  variables = model.init(jax.random.key(1), X)
+  state = jnp.zeros((DEPTH, 2, 5, 8))
+  y, aux = model.apply(variables, X, layers={"state": state})
+  np.testing.assert_array_equal(aux["state"], state + 1)
+  np.testing.assert_allclose(y, model.apply(variables, X)[0], atol=1e-6)
+
+
+def test_two_streams_refused():
+  for match, options in [
+    ("mode 'reversible' has 2 streams; streams is 1", {"streams": 1}),
+    ("two streams need scan=True", {"scan": False}),
+    ("streams is 3; it is 1 or 2", {"streams": 3}),
+    ("mode 'plain' has nothing to cache", {"mode": "plain", "cache": 0.5}),
+  ]:
+    with pytest.raises(ValueError, match=match):
+      Stack(Branched(), DEPTH, **{"mode": "reversible", **options})
+  with pytest.raises(ValueError, match="two branches; Residual names none"):
+    make(True, "reversible").init(jax.random.key(0), X)
+  model = make(True, "reversible", Branched(aux=True))
+  variables = model.init(jax.random.key(0), X)
+  with pytest.raises(ValueError, match="has no aux; f returns size"):
+    model.apply(variables, X)
