@@ -12,7 +12,9 @@ from tests.train.recipes import suite
 RECIPES = [
   "hourglass_mlp",
   "quickstart",
+  "reversible_memory",
   "reversible_unet3d",
+  "vit_digits",
 ]
 
 FITS = [name for name in RECIPES if suite.is_fit(name)]

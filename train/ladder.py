@@ -1,0 +1,168 @@
+"""A job that measures gradients of growing stacks, computed in several ways."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from isthmus.attention.bench.clock import Clock
+from isthmus.train import footprint, log
+from isthmus.train import workdir as folder
+from isthmus.train.footprint import Row
+from isthmus.train.stop import requests
+
+
+@runtime_checkable
+class Problem(Protocol):
+  """A stack of layers and its input."""
+
+  @property
+  def sizes(self) -> dict[str, Any]:
+    """The `stack`, `depth`, `width` and `volume` of a `Row`."""
+    ...
+
+  def draw(self, key: jax.Array) -> tuple[Any, ...]:
+    """Random arguments of the gradient."""
+    ...
+
+  def gradient(self, way: str) -> Callable[..., Any]:
+    """The gradient, computed in that way."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ladder:
+  """Measures memory and time of every problem's gradient in every way.
+
+  What there is no room or no time for has a row that says so.
+
+  Attributes:
+    problems: the most wanted first.
+    ways: that which needs least first, for a device tells its peak where it
+      rises.
+    bases: those of them that the others are compared with.
+    rounds: of which the median is taken.
+    seconds: of each round, about.
+    limit_s: seconds after which nothing more is begun.
+
+  Raises:
+    ValueError: nothing to measure, rounds or seconds that are none, a base
+      that is no way.
+
+  Example:
+    >>> class Sines:
+    ...   sizes = dict(stack="sines", depth=2, width=1, volume=(64,))
+    ...   def draw(self, key):
+    ...     return (jax.random.normal(key, (64,)),)
+    ...   def gradient(self, way):
+    ...     wrap = {"plain": lambda f: f, "remat": jax.checkpoint}[way]
+    ...     f = wrap(lambda x: jax.numpy.sin(jax.numpy.sin(x)).sum())
+    ...     return jax.grad(f)
+    >>> job = Ladder(problems=(Sines(),), ways=("plain", "remat"),
+    ...              bases=("plain",), rounds=1, seconds=0.0)
+    >>> results = job.run("runs/sines")
+    | stack | L | ...
+    >>> sorted(results)[:3]
+    ['rows', 'sines/L2/d1/64/plain/mib', 'sines/L2/d1/64/plain/ms']
+  """
+
+  problems: tuple[Problem, ...]
+  ways: tuple[str, ...]
+  bases: tuple[str, ...]
+  rounds: int = 5
+  seconds: float = 0.1
+  limit_s: float = 420.0
+
+  def __post_init__(self):
+    if not self.problems or not self.ways or self.rounds < 1:
+      raise ValueError(
+        f"{len(self.problems)} problems, {len(self.ways)} ways, rounds is"
+        f" {self.rounds}: each is at least 1"
+      )
+    if self.seconds < 0 or not self.limit_s > 0:
+      raise ValueError(
+        f"seconds is {self.seconds}, limit_s {self.limit_s}: at least 0, and"
+        " above 0"
+      )
+    for base in self.bases:
+      if base not in self.ways:
+        raise ValueError(
+          f"bases: {base!r} is none of the ways {', '.join(self.ways)}"
+        )
+
+  def run(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    source: dict[str, Any] | None = None,
+    force: bool = False,
+  ) -> dict[str, float]:
+    """Writes bench.json row by row, then bench.md and bench.png.
+
+    A run that is stopped keeps its rows; the next one in the folder begins
+    anew, for it may find another device.
+
+    Returns:
+      `CASE/WAY/mib` and `CASE/WAY/ms` where they were measured, and the number
+      of `rows` that were; `interrupted` is 1 if a signal ended it.
+    """
+    path = pathlib.Path(workdir).absolute()
+    rows: list[Row] = []
+    with folder.lock(path), requests() as stop:
+      folder.record(path, self, source=source or {}, force=force)
+      try:
+        self._measure(rows, path / "bench.json", stop)
+      finally:
+        if rows:
+          self._tell(rows, path)
+    results = {"rows": float(sum(row.ms is not None for row in rows))}
+    for row in rows:
+      name = f"{row.case}/{row.way}"
+      if row.temp_bytes is not None:
+        results[f"{name}/mib"] = row.temp_bytes / 2**20
+      if row.ms is not None:
+        results[f"{name}/ms"] = row.ms
+    return results | ({"interrupted": 1.0} if stop.asked else {})
+
+  def _measure(self, rows, path, stop) -> None:
+    """Fills rows; after each, what there is so far is written."""
+    clock = Clock(rounds=self.rounds, seconds=self.seconds)
+    count = len(self.problems) * len(self.ways)
+    began = time.monotonic()
+    for problem in self.problems:
+      key = jax.random.key(0)
+      shapes = jax.eval_shape(problem.draw, key)
+      # Drawn once, and not before a program of the problem is compiled.
+      arguments = functools.cache(
+        lambda problem=problem, key=key: jax.jit(problem.draw)(key)
+      )
+      for way in self.ways:
+        if stop.asked:
+          return
+        row = Row(**problem.sizes, way=way)
+        if time.monotonic() - began > self.limit_s:
+          row = dataclasses.replace(
+            row, note=f"not begun after {self.limit_s:g} s"
+          )
+        else:
+          row = footprint.measure(
+            row, problem.gradient(way), shapes, arguments, clock=clock
+          )
+        rows.append(row)
+        footprint.write(rows, path, device=_where())
+        log.say(f"{len(rows)}/{count} {row}")
+
+  def _tell(self, rows, path) -> None:
+    text = footprint.table(rows, self.bases)
+    print(text)
+    (path / "bench.md").write_text(f"{_where()}\n\n{text}\n")
+    footprint.plot(rows, path / "bench.png", _where())
+
+
+def _where() -> str:
+  device = jax.local_devices()[0]
+  return f"{device.device_kind} ({device.platform}), jax {jax.__version__}"

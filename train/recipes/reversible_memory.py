@@ -1,0 +1,258 @@
+"""Memory and time of reversible layers, beside rematerialised ones.
+
+Link: https://arxiv.org/abs/1707.04585
+Year: 2017
+Family: vision
+Core: nets/reversible.py
+Reproduced: the gradient of stacks of two streams by parameters and input,
+  eight ways that compute the same values: layers walked backwards, with 0 to
+  all of their additions cached; each branch, each layer, or all but products
+  computed again; everything kept. Perceptrons, attention with perceptrons, 3D
+  MBConv, against depth, width and volume. `claims` compiles 3D U-Nets for the
+  largest volume, depth and width within a budget.
+Simplified: random streams and gradients in place of data, a head and a loss;
+  branches compute in bfloat16. MBConv computes its norms again in every mode.
+  Budgets count a program's temporaries, not parameters and gradients. `full`
+  and `claims` (one H100) have not been run.
+Command: python -m train.main --config reversible_memory
+Claim: of a 3D U-Net at a fixed memory, volumes up to 3 times as large, or 25%
+  more depth, or twice the channels (arXiv 2104.09648); paper's claim
+Measured: not run
+Check: none
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from isthmus.attention.module import Attention
+from isthmus.nets.coupling import Branch, Pair, enter, snap
+from isthmus.nets.mbconv import MBConv
+from isthmus.nets.mlp import Mlp
+from isthmus.nets.norm import RMSNorm
+from isthmus.nets.reversible import reversible_stack
+from isthmus.nets.vision.unet3d import UNet3D
+from isthmus.train.config import choose
+from isthmus.train.ladder import Ladder
+from isthmus.train.limits import Limits
+
+# In the order of what they keep: a device's peak is told where it rises.
+WAYS: dict[str, dict[str, Any]] = {
+  "reversible": {"mode": "reversible"},
+  "cache-0.25": {"mode": "reversible", "cache": 0.25},
+  "cache-0.5": {"mode": "reversible", "cache": 0.5},
+  "cache-1": {"mode": "reversible", "cache": 1.0},
+  "remat-sublayer": {"mode": "remat"},
+  "remat-block": {"mode": "block"},
+  "remat-dots": {
+    "mode": "remat",
+    "policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  },
+  "plain": {"mode": "plain"},
+}
+BASES = ("remat-sublayer", "remat-block")
+
+
+def get_config(variant: str = "full") -> Ladder | Limits:
+  """`full`, `claims`: a GPU of 80 GB, 8 minutes; `smoke`: seconds on a CPU.
+
+  `small` is `claims` with a smaller net and budget: minutes on a CPU.
+  """
+  return choose(
+    {"full": _full, "claims": _claims, "small": _small, "smoke": _smoke},
+    variant,
+  )
+
+
+def _full() -> Ladder:
+  tokens, attended, cube = (16, 1024), (4, 4096), (1, 64, 64, 64)
+  problems = (
+    Stack("mlp", 12, 1024, tokens),
+    Stack("mlp", 48, 1024, tokens),
+    Stack("transformer", 48, 1024, attended),
+    Stack("conv", 4, 32, cube),
+    Stack("conv", 16, 32, cube),
+    Stack("transformer", 12, 1024, attended),
+    Stack("mlp", 12, 2048, tokens),
+    Stack("mlp", 12, 1024, (32, 1024)),
+    Stack("conv", 4, 64, cube),
+    Stack("conv", 4, 32, (1, 96, 96, 96)),
+  )
+  return Ladder(problems=problems, ways=tuple(WAYS), bases=BASES)
+
+
+def _claims() -> Limits:
+  return Limits(
+    net=UNet3D(classes=3, dtype=jnp.bfloat16),
+    budget=70.0,
+    sides=(128, 128, 128),
+    channels=4,
+    most=(320, 16, 240),
+    # BraTS's 155 planes, padded so that they halve four times.
+    shown=(240, 240, 160),
+  )
+
+
+def _small() -> Limits:
+  return Limits(
+    # These blocks compile sooner than MBConv.
+    net=UNet3D(classes=3, widths=(8, 16), depth=4, block="conv"),
+    budget=1 / 32,
+    sides=(32, 32, 32),
+    most=(96, 32, 32),
+    modes=("reversible", "plain"),
+    limit_s=900.0,
+  )
+
+
+def _smoke() -> Ladder:
+  problems = (
+    Stack("mlp", 2, 16, (2, 8)),
+    Stack("mlp", 4, 16, (2, 8)),
+    Stack("transformer", 2, 16, (1, 16)),
+  )
+  ways = ("reversible", *BASES)
+  return Ladder(
+    problems=problems, ways=ways, bases=BASES, rounds=1, seconds=1e-3
+  )
+
+
+# --- the stacks ---
+
+
+class Normed(nn.Module):
+  """`inner(norm(x))`; of (y, aux), y."""
+
+  inner: nn.Module
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.inner(RMSNorm(name="norm")(x))
+    return y[0] if isinstance(y, tuple) else y
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """A stack and its input, two streams [*volume, width].
+
+  Attributes:
+    stack: "mlp" (4 times as wide inside), "transformer" (heads of 128) or
+      "conv" (MBConv).
+    depth: layers, of two branches each.
+    width: channels of a stream.
+    volume: rows, then tokens or voxels along each axis.
+  """
+
+  stack: str
+  depth: int
+  width: int
+  volume: tuple[int, ...]
+
+  def __post_init__(self):
+    if self.stack not in ("mlp", "transformer", "conv"):
+      raise ValueError(
+        f"stack {self.stack!r} is none of mlp, transformer, conv"
+      )
+    if min(self.depth, self.width, *self.volume) < 1:
+      raise ValueError(f"{self}: sizes are at least 1")
+    axes = 4 if self.stack == "conv" else 2
+    if len(self.volume) != axes:
+      raise ValueError(
+        f"{self.stack}'s volume {self.volume} has {len(self.volume)} axes; it"
+        f" has {axes}"
+      )
+    if self.stack == "transformer" and self.width % self.head:
+      raise ValueError(f"width {self.width} is no multiple of {self.head}")
+
+  @property
+  def sizes(self) -> dict[str, Any]:
+    """As a row has them."""
+    return dataclasses.asdict(self)
+
+  @property
+  def head(self) -> int:
+    """Channels of a head of attention."""
+    return min(128, self.width)
+
+  def modules(self) -> tuple[nn.Module, nn.Module]:
+    """f and g."""
+    if self.stack == "conv":
+      block = MBConv(dtype=jnp.bfloat16)
+      return block, block
+    scale = (2 * self.depth) ** -0.5
+    kinds: dict[str, Any] = {
+      "out_scale": scale,
+      "dtype": jnp.bfloat16,
+      "parent": None,
+    }
+    mlp = Normed(Mlp(4 * self.width, **kinds))
+    if self.stack == "mlp":
+      return mlp, mlp
+    heads = self.width // self.head
+    return Normed(Attention(heads, heads, self.head, **kinds)), mlp
+
+  def draw(self, key: jax.Array) -> tuple[Any, Pair, Pair]:
+    """(parameters, streams, gradients of what comes out), all random."""
+    keys = jax.random.split(key, 6)
+    small = jnp.zeros((1, *(2,) * (len(self.volume) - 1), self.width))
+    params = tuple(
+      jax.vmap(lambda key, m=module: m.init(key, small)["params"])(
+        jax.random.split(k, self.depth)
+      )
+      for module, k in zip(self.modules(), keys[:2], strict=True)
+    )
+    x1, x2, d1, d2 = (
+      jax.random.normal(k, (*self.volume, self.width)) for k in keys[2:]
+    )
+    return params, (x1, x2), (d1, d2)
+
+  def gradient(self, way: str) -> Callable[[Any, Pair, Pair], Any]:
+    """`(params, x, dy) -> (d params, d x)`, one of `WAYS`."""
+    options = dict(WAYS[way])
+    f, g = (_branch(module) for module in self.modules())
+    forward: Callable[..., Any] = run_blocks
+    if options["mode"] != "block":
+      forward = functools.partial(_run, **options)
+
+    def call(params, x, dy):
+      y, back = jax.vjp(lambda p, x: forward(f, g, p, x), params, x)
+      del y
+      return back(dy)
+
+    return call
+
+
+def _branch(module: nn.Module) -> Branch:
+  def call(params, x, /, *, key, state, aux):
+    return module.apply({"params": params}, x), state
+
+  return call
+
+
+def _run(f: Branch, g: Branch, params: Any, x: Pair, **options: Any) -> Pair:
+  return reversible_stack(f, g, params, x, **options)[0]
+
+
+def run_blocks(
+  f: Branch, g: Branch, params: Any, x: Pair, *, grid: int = 12
+) -> Pair:
+  """`reversible_stack`'s values; only what goes into a layer is kept.
+
+  Its mode "remat" keeps what goes into each branch.
+  """
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def layer(x, params):
+    x1, x2 = x
+    dx, _ = f(params[0], x2, key=None, state=None, aux=None)
+    y1 = x1 + snap(dx, x1, grid)
+    dx, _ = g(params[1], y1, key=None, state=None, aux=None)
+    return y1, x2 + snap(dx, x2, grid)
+
+  step = lambda x, params: (layer(x, params), None)
+  return jax.lax.scan(step, enter(x, grid), params)[0]
