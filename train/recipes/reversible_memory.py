@@ -114,7 +114,6 @@ def _smoke() -> Ladder:
   problems = (
     Stack("mlp", 2, 16, (2, 8)),
     Stack("mlp", 4, 16, (2, 8)),
-    Stack("transformer", 2, 16, (1, 16)),
   )
   ways = ("reversible", *BASES)
   return Ladder(
