@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from isthmus.pallas.precision import accumulator
+
 Pair = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
@@ -24,8 +26,15 @@ class Branch(Protocol):
   """
 
   def __call__(
-    self, params: Any, x: Array, /, *, key: Any, state: Any, aux: Any
-  ) -> tuple[Array, Any]: ...
+    self,
+    params: Any,
+    x: Float[Array, "..."],
+    /,
+    *,
+    key: Any,
+    state: Any,
+    aux: Any,
+  ) -> tuple[Float[Array, "..."], Any]: ...
 
 
 class Layers(NamedTuple):
@@ -138,12 +147,14 @@ def enter(x: Any, grid: int | None) -> Pair:
   x1, x2 = (jnp.asarray(s) for s in x)
   if x1.shape != x2.shape:
     raise ValueError(f"the streams have the shapes {x1.shape} and {x2.shape}")
-  wide = jnp.promote_types(jnp.promote_types(x1.dtype, x2.dtype), jnp.float32)
+  wide = max(accumulator(s.dtype) for s in (x1, x2))
   zero = jnp.zeros((), wide)
   return snap(x1, zero, grid), snap(x2, zero, grid)
 
 
-def snap(dx: Array, stream: Array, grid: int | None) -> Array:
+def snap(
+  dx: Float[Array, "..."], stream: Float[Array, "..."], grid: int | None
+) -> Float[Array, "..."]:
   """dx as it is added to a stream: of its dtype, a multiple of 2^-grid.
 
   Example:
@@ -250,9 +261,7 @@ def sweep(
   """
   p_floats, _ = separate((stack.arrays[0][0], stack.arrays[1][0]))
   a_floats, a_ints = separate(aux)
-  wide = lambda leaf: jnp.zeros(
-    leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)
-  )
+  wide = lambda leaf: leaf.astype(accumulator(leaf.dtype))
 
   def undo(branch, one, seen, other, d_other, delta):
     """A branch that read `seen` and added to `other`."""
@@ -287,14 +296,14 @@ def sweep(
     d2 = d2 + d_seen
     put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
     grads = jax.tree.map(put, grads, (gf, gg))
-    d_aux = jax.tree.map(lambda a, *ds: a + ds[0] + ds[1], d_aux, af, ag)
+    d_aux = jax.tree.map(lambda a, *ds: a + sum(map(wide, ds)), d_aux, af, ag)
     return ((x1, x2), (d1, d2), grads, d_aux), None
 
   carry = (
     y,
     dy,
     jax.tree.map(jnp.zeros_like, p_floats),
-    jax.tree.map(wide, a_floats),
+    jax.tree.map(lambda leaf: jnp.zeros_like(wide(leaf)), a_floats),
   )
   for low, high in ((start, stack.depth), (0, start)):
     if low < high:

@@ -366,7 +366,19 @@ def test_a_cache_takes_the_bytes_it_says():
   assert choose_cache(1e12, f, f, params, x) == 1
   assert choose_cache(0, f, f, params, x) == 0
   grown = temporary(32, cache=0.75) - temporary(32, cache=0.25)
-  np.testing.assert_allclose(grown, 16 * layer, rtol=0.05)
+  # XLA of jax 0.10 keeps a second copy of them on a CPU.
+  copies = 1 if jax.__version_info__ >= (0, 11) else 2
+  np.testing.assert_allclose(grown, copies * 16 * layer, rtol=0.05)
+
+
+def test_strict_promotion():
+  params, x = draw(2)
+  f = make_mlp(jnp.bfloat16)
+  low = jax.tree.map(lambda s: s.astype(jnp.bfloat16), x)
+  scale = {"scale": jnp.ones(WIDTH, jnp.bfloat16)}
+  with jax.numpy_dtype_promotion("strict"):
+    _, grads = gradients(f, params, low, scale)
+  assert grads[1][0].dtype == jnp.bfloat16
 
 
 def test_one_evaluation_of_each_branch_a_backward_step():
