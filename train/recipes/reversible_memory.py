@@ -17,7 +17,12 @@ Simplified: random streams and gradients in place of data, a head and a loss;
 Command: python -m train.main --config reversible_memory
 Claim: of a 3D U-Net at a fixed memory, volumes up to 3 times as large, or 25%
   more depth, or twice the channels (arXiv 2104.09648); paper's claim
-Measured: not run
+Measured: within 32 MiB of compiled temporaries, a U-Net of 2 levels (8 and 16
+  channels, 4 layers each way, "conv" blocks, 32^3 voxels, float32), reversible
+  against plain: a cube of 50 against 40, 1.95 times the voxels; at least 32
+  layers against 10; at least 32 first channels against 16. CPU backend, jax
+  0.11.2, `--config reversible_memory:small`; measured by us. Another net than
+  the paper's, so no verdict on its claim
 Check: none
 """
 
