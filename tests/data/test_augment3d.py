@@ -7,6 +7,8 @@ from isthmus.data import ArraySource, Loader
 from isthmus.data.augment3d import Augment3D, affine, rotation, smooth_noise
 from isthmus.data.resample import nearest, trilinear
 
+pytestmark = pytest.mark.once
+
 OFF = {
   "degrees": 0.0, "scale": 1.0, "flip": "", "elastic": 0.0, "intensity": 0.0
 }  # fmt: skip

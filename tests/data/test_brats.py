@@ -12,6 +12,8 @@ from isthmus.data import Loader
 from isthmus.data.brats import MODALITIES, BratsFolder, regions
 from isthmus.data.text import is_held_out
 
+pytestmark = pytest.mark.once
+
 nibabel = pytest.importorskip("nibabel")
 
 SHAPE = (6, 7, 8)

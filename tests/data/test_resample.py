@@ -6,6 +6,8 @@ import scipy.ndimage
 
 from isthmus.data.resample import nearest, trilinear
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (2, 9, 4), (1, 4, 3)])
 def test_against_scipy(shape):

@@ -13,6 +13,8 @@ from isthmus.nets import MBConv, SqueezeExcite
 from isthmus.nets.mbconv import round8
 from tests.nets.suite import distance
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 IMAGE = jax.random.normal(KEY, (2, 6, 7, 8))
 VOLUME = jax.random.normal(KEY, (2, 4, 6, 5, 8))

@@ -11,6 +11,8 @@ from isthmus.attention.bench.clock import Clock
 from isthmus.train import footprint
 from isthmus.train.footprint import Row
 
+pytestmark = pytest.mark.once
+
 QUICK = Clock(rounds=1, seconds=0.0)
 SHAPE = (jax.ShapeDtypeStruct((64,), jnp.float32),)
 

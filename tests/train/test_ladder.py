@@ -11,6 +11,8 @@ import pytest
 from isthmus.train import footprint
 from isthmus.train.ladder import Ladder
 
+pytestmark = pytest.mark.once
+
 WAYS = ("remat", "plain")
 
 

@@ -8,6 +8,8 @@ import pytest
 from isthmus.nets.vision.unet3d import UNet3D
 from isthmus.train.limits import AXES, Limits
 
+pytestmark = pytest.mark.once
+
 NET = UNet3D(classes=2, widths=(4, 8), depth=1, block="conv")
 SHARE = {"reversible": 1.0, "remat": 2.0, "plain": 5.0}
 

@@ -7,6 +7,8 @@ import pytest
 
 from isthmus.nets.vision.sliding import sliding_window
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 VOLUME = jax.random.normal(KEY, (11, 9, 13, 2))
 

@@ -13,6 +13,8 @@ from isthmus.nets.vision.unet3d import UNet3D, upsample
 from isthmus.train.mesh import Mesh, P, path_name, shardings
 from tests.nets.suite import distance, jit
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 IMAGE = jax.random.normal(KEY, (2, 8, 4, 8, 2))
 TARGET = jax.random.normal(jax.random.key(1), (2, 8, 4, 8, 3))

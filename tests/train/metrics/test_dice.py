@@ -7,6 +7,8 @@ import pytest
 
 from isthmus.train.metrics.dice import hard_dice, soft_dice
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 
 
