@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jaxtyping import PRNGKeyArray
 
 from isthmus.attention.bench.clock import Clock
 from isthmus.train import footprint, log
@@ -25,7 +26,7 @@ class Problem(Protocol):
     """The `stack`, `depth`, `width` and `volume` of a `Row`."""
     ...
 
-  def draw(self, key: jax.Array) -> tuple[Any, ...]:
+  def draw(self, key: PRNGKeyArray) -> tuple[Any, ...]:
     """Random arguments of the gradient."""
     ...
 

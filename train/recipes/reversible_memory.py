@@ -34,6 +34,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from isthmus.attention.module import Attention
 from isthmus.nets.coupling import Branch, Pair, enter, snap
@@ -135,7 +136,7 @@ class Normed(nn.Module):
   inner: nn.Module
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     y = self.inner(RMSNorm(name="norm")(x))
     return y[0] if isinstance(y, tuple) else y
 
@@ -200,7 +201,7 @@ class Stack:
     heads = self.width // self.head
     return Normed(Attention(heads, heads, self.head, **kinds)), mlp
 
-  def draw(self, key: jax.Array) -> tuple[Any, Pair, Pair]:
+  def draw(self, key: PRNGKeyArray) -> tuple[Any, Pair, Pair]:
     """(parameters, streams, gradients of what comes out), all random."""
     keys = jax.random.split(key, 6)
     small = jnp.zeros((1, *(2,) * (len(self.volume) - 1), self.width))
