@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from isthmus.nets import MBConv
+from isthmus.nets.reversible import assert_reversible
 from isthmus.nets.vision.reversible import ConvBlock, ReversibleBlocks
 from tests.nets.suite import distance, jit
 
@@ -134,3 +135,26 @@ def test_other_collections_are_refused():
 
   with pytest.raises(ValueError, match="the branch has counts besides params"):
     ReversibleBlocks(Counter(), 2).init(KEY, PAIR)
+
+
+def test_the_inverse_is_exact_in_a_volume():
+  """Where a norm that sums 262,144 values at once would not be alike."""
+  depth, channels = 2, 8
+  branch = MBConv(expand=2, activation=jax.nn.leaky_relu, parent=None)
+
+  def run(p, x, *, key, state, aux):
+    return branch.apply({"params": p}, x), state
+
+  def draw(key):
+    small = jnp.zeros((1, 2, 2, 2, channels))
+    init = lambda key: branch.init(key, small)["params"]
+    return jit(jax.vmap(init))(jax.random.split(key, depth))
+
+  keys = jax.random.split(KEY, 3)
+  # A ball in the dark, as a head is.
+  side = jnp.linspace(-1, 1, 64) ** 2
+  inside = side[:, None, None] + side[:, None] + side < 0.6
+  noise = jax.random.normal(keys[0], (2, 1, 64, 64, 64, channels))
+  x = inside[..., None] * (1 + 0.2 * noise)
+  params = draw(keys[1]), draw(keys[2])
+  assert assert_reversible(run, run, params, (x[0], x[1])).mismatches == 0
