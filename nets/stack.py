@@ -254,7 +254,7 @@ def check_stack(
   if streams == 1 and mode == "reversible":
     raise ValueError("mode 'reversible' has 2 streams; streams is 1")
   if (streams == 2 or mode == "reversible") and not scan:
-    raise ValueError("two streams need scan=True; scan is False")
+    raise ValueError("two streams need scan=True; scan is False: set it too")
   if cache and mode != "reversible":
     raise ValueError(f"cache is {cache}; mode {mode!r} has nothing to cache")
 
