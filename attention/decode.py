@@ -23,7 +23,7 @@ from isthmus.attention.cache import KVCache
 from isthmus.attention.mask import Window, conditions
 from isthmus.attention.shard import sharded
 from isthmus.pallas.dispatch import platform
-from isthmus.pallas.precision import accumulator, dot
+from isthmus.pallas.precision import accumulator, exact_dot
 
 # The logit of a key that is not seen; finite, so that differences of logits
 # never are NaN.
@@ -227,9 +227,9 @@ def _grouped(q, k, v):
 
   def outputs(p):
     chunks = v.reshape(*p.shape[:3], *v.shape[2:])
-    return dot("bcskgt,bcskd->bckgtd", p, chunks)
+    return exact_dot("bcskgt,bcskd->bckgtd", p, chunks)
 
-  return lambda: dot("bskd,btkgd->bskgt", k, q), outputs
+  return lambda: exact_dot("bskd,btkgd->bskgt", k, q), outputs
 
 
 def _summed(q, k, v):
@@ -259,14 +259,14 @@ def _joined(q, k, v):
   q = q.reshape(b, heads * d, n * t)
 
   def scores():
-    x = dot("bsm,bmr->bsr", k.reshape(b, s, heads * d), q)
+    x = exact_dot("bsm,bmr->bsr", k.reshape(b, s, heads * d), q)
     return x.reshape(b, s, heads, n // heads, t)
 
   def outputs(p):
     splits, chunk = p.shape[1:3]
     p = p.reshape(b, splits, chunk, n * t)
     chunks = v.reshape(b, splits, chunk, heads * dv)
-    o = dot("bcsr,bcsm->bcrm", p, chunks)
+    o = exact_dot("bcsr,bcsm->bcrm", p, chunks)
     o = o.reshape(b, splits, heads, n // heads, t, heads, dv)
     return jnp.sum(jnp.where(own[:, None, None, :, None], o, 0), axis=5)
 

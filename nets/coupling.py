@@ -173,19 +173,14 @@ def snap(
   return jax.lax.stop_gradient(low) + (dx - jax.lax.stop_gradient(dx))
 
 
-def _step(stack, x, i, aux, grid):
-  """One layer: (y, its new states, what f and g added)."""
-  (pf, kf, sf), (pg, kg, sg) = stack.layer(i)
+def _step(stack, layer, x, aux, grid):
+  """One layer: (y, its new states, what f and g returned)."""
+  (pf, kf, sf), (pg, kg, sg) = layer
   x1, x2 = x
   df, sf = stack.f(pf, x2, key=kf, state=sf, aux=aux)
-  added_f = snap(df, x1, grid)
-  y1 = x1 + added_f
+  y1 = x1 + snap(df, x1, grid)
   dg, sg = stack.g(pg, y1, key=kg, state=sg, aux=aux)
-  added_g = snap(dg, x2, grid)
-  # Multiples of 2^-grid that a narrow float was rounded to fit into it: no
-  # bits are lost on the way.
-  deltas = added_f.astype(df.dtype), added_g.astype(dg.dtype)
-  return (y1, x2 + added_g), (sf, sg), deltas
+  return (y1, x2 + snap(dg, x2, grid)), (sf, sg), (df, dg)
 
 
 def run(
@@ -199,7 +194,8 @@ def run(
 
   Returns:
     (y, states, deltas): deltas are what f and g of layers `start` to the last
-    added, in the branches' dtypes, stacked; None if there is no such layer.
+    returned, before it was rounded to the grid, stacked; None if there is no
+    such layer.
 
   Example:
     >>> add = lambda p, x, *, key, state, aux: (p * x, state)
@@ -220,12 +216,18 @@ dtype=float32), Array([[2.]], dtype=float32))
 
 
 def _part(stack, x, aux, grid, layers, *, deltas):
-  def step(x, i):
-    y, state, added = _step(stack, x, i, aux, grid)
+  # Autodiff of a loop stores what it picks out of arrays by number, but not
+  # what a loop over them is given; a part of them would be a copy.
+  whole = len(layers) == stack.depth
+  numbers = jnp.arange(layers.start, layers.stop)
+
+  def step(x, item):
+    layer = item if whole else stack.layer(item)
+    y, state, added = _step(stack, layer, x, aux, grid)
     return y, (state, added if deltas else None)
 
-  numbers = jnp.arange(layers.start, layers.stop)
-  y, (state, added) = jax.lax.scan(step, x, numbers)
+  items = stack.arrays if whole else numbers
+  y, (state, added) = jax.lax.scan(step, x, items)
   return y, state, added
 
 
@@ -263,8 +265,11 @@ def sweep(
   a_floats, a_ints = separate(aux)
   wide = lambda leaf: leaf.astype(accumulator(leaf.dtype))
 
-  def undo(branch, one, seen, other, d_other, delta):
-    """A branch that read `seen` and added to `other`."""
+  def undo(branch, one, seen, other, low, delta):
+    """A branch that read `seen` and added `delta` (None: not known) to `other`.
+
+    low: the loss's derivative by `other` as it was left, in any precision.
+    """
     params, key, state = one
     floats, ints = separate(params)
 
@@ -278,44 +283,66 @@ def sweep(
       )
 
     dx, back, _ = jax.vjp(call, floats, seen, a_floats, has_aux=True)
+    d_params, d_seen, d_aux = back(low.astype(dx.dtype))
     # One evaluation of the branch serves its derivative and the inverse.
     added = snap(dx if delta is None else delta, other, grid)
-    d_params, d_seen, d_aux = back(d_other.astype(dx.dtype))
     return other - added, d_params, d_seen, d_aux
 
   def step(carry, i, cached):
-    (y1, y2), (d1, d2), grads, d_aux = carry
+    (y1, y2), (d1, d2), low, grads, d_aux = carry
     layer_f, layer_g = stack.layer(i)
-    pick = lambda leaf: jax.lax.dynamic_index_in_dim(
-      leaf, i - start, keepdims=False
+    pick = lambda deltas, i: jax.lax.dynamic_index_in_dim(
+      deltas, i - start, keepdims=False
     )
-    delta_f, delta_g = jax.tree.map(pick, deltas) if cached else (None, None)
-    x2, gg, d_seen, ag = undo(stack.g, layer_g, y1, y2, d2, delta_g)
+    delta_f = delta_g = None
+    if cached:
+      delta_g = pick(deltas[1], i)
+    x2, gg, d_seen, ag = undo(stack.g, layer_g, y1, y2, low, delta_g)
     d1 = d1 + d_seen
+    if cached:
+      # x1 overwrites y1, so it has to wait until g's derivatives are done.
+      late, gg = _after(gg, i)
+      delta_f = pick(deltas[0], late)
     x1, gf, d_seen, af = undo(stack.f, layer_f, x2, y1, d1, delta_f)
     d2 = d2 + d_seen
     put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
     grads = jax.tree.map(put, grads, (gf, gg))
     d_aux = jax.tree.map(lambda a, *ds: a + sum(map(wide, ds)), d_aux, af, ag)
-    return ((x1, x2), (d1, d2), grads, d_aux), None
+    return ((x1, x2), (d1, d2), d2.astype(low.dtype), grads, d_aux), None
 
+  # What the next layer's g wants of d2, made where d2 is: narrow, so that it
+  # isn't read twice.
+  narrow = stack.check(y, aux, closed=False)[1].dtype
   carry = (
     y,
     dy,
+    dy[1].astype(narrow),
     jax.tree.map(jnp.zeros_like, p_floats),
     jax.tree.map(lambda leaf: jnp.zeros_like(wide(leaf)), a_floats),
   )
-  for low, high in ((start, stack.depth), (0, start)):
-    if low < high:
+  for first, end in ((start, stack.depth), (0, start)):
+    if first < end:
       carry, _ = jax.lax.scan(
-        functools.partial(step, cached=low >= start),
+        functools.partial(step, cached=first >= start),
         carry,
-        jnp.arange(low, high),
+        jnp.arange(first, end),
         reverse=True,
       )
-  x, dx, (gf, gg), d_aux = carry
+  x, dx, _, (gf, gg), d_aux = carry
   back = lambda d, leaf: d.astype(leaf.dtype)
   return x, dx, (gf, gg), jax.tree.map(back, d_aux, a_floats)
+
+
+def _after(grads, i):
+  """(i, grads): i of use only when grads are computed.
+
+  Its smallest leaf stands for all: nothing large has to be kept for it.
+  """
+  leaves, tree = jax.tree.flatten(grads)
+  if leaves:
+    n = min(range(len(leaves)), key=lambda n: leaves[n].size)
+    i, leaves[n] = jax.lax.optimization_barrier((i, leaves[n]))
+  return i, jax.tree.unflatten(tree, leaves)
 
 
 def separate(tree: Any) -> tuple[Any, Any]:

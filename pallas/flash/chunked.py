@@ -29,7 +29,7 @@ from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.hops import hops
 from isthmus.pallas.flash.lists import overflowed
 from isthmus.pallas.flash.ref import LSE, NEVER, OUT, may_miss
-from isthmus.pallas.precision import accumulator, dot
+from isthmus.pallas.precision import accumulator, exact_dot
 
 #: Queries and keys of a chunk on a platform; what has no more scores than a
 #: chunk goes to `ref`. On two CPU cores 256 x 256 was the fastest of five, or
@@ -236,8 +236,8 @@ def _logits(options, q, k, mask):
   return x, slope
 
 
-_scores = functools.partial(dot, "bklrd,bklwd->bklrw")
-_values = functools.partial(dot, "bklrw,bklwd->bklrd")
+_scores = functools.partial(exact_dot, "bklrd,bklwd->bklrw")
+_values = functools.partial(exact_dot, "bklrw,bklwd->bklrd")
 
 
 def _lanes(product, x, y):
@@ -250,7 +250,7 @@ def _lanes(product, x, y):
 def _to_keys(x, y, lanes):
   """x [b k g c w] turned, by y [b k g c d]: [b k l w d]."""
   x, y = (z.reshape(*z.shape[:2], lanes, -1, z.shape[-1]) for z in (x, y))
-  return dot("bklrw,bklrd->bklwd", x, y)
+  return exact_dot("bklrw,bklrd->bklwd", x, y)
 
 
 def _drop(options, p, extras, here, hop):

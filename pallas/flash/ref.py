@@ -18,7 +18,7 @@ from isthmus.pallas.flash import dropout
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.lists import Lists, overflowed, to_blocks
 from isthmus.pallas.flash.predicate import Band
-from isthmus.pallas.precision import dot
+from isthmus.pallas.precision import exact_dot
 
 # What the forward rule calls its results, for policies of jax.checkpoint.
 OUT, LSE = "attention_out", "attention_lse"
@@ -93,7 +93,7 @@ def _attend(options, q, k, v, sinks, extras):
   if sinks is not None:
     total = total + jnp.exp(sinks - top)
   p = _drop(options, p, extras).astype(dtype)
-  o = dot("bkrs,bksd->bkrd", p.reshape(*q.shape[:3], -1), v)
+  o = exact_dot("bkrs,bksd->bkrd", p.reshape(*q.shape[:3], -1), v)
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
   o = o / total.reshape(*q.shape[:3], 1)
@@ -133,15 +133,15 @@ def _backward(options, residuals, cotangents):
   delta = delta.reshape(x.shape[:-1]) - dlse
   square = (*q.shape[:3], x.shape[-1])
   kept = _drop(options, p, extras).astype(dtype)
-  dv = dot("bkrs,bkrd->bksd", kept.reshape(square), do)
-  dp = dot("bkrd,bksd->bkrs", do, v).reshape(x.shape)
+  dv = exact_dot("bkrs,bkrd->bksd", kept.reshape(square), do)
+  dp = exact_dot("bkrd,bksd->bkrs", do, v).reshape(x.shape)
   dp = _drop(options, dp, extras)
   dx = p * (dp - delta[..., None]) * options.scale
   if slope is not None:
     dx = dx * slope
   dx = dx.astype(dtype).reshape(square)
-  dq = dot("bkrs,bksd->bkrd", dx, k).astype(dtype)
-  dk = dot("bkrs,bkrd->bksd", dx, q).astype(dtype)
+  dq = exact_dot("bkrs,bksd->bkrd", dx, k).astype(dtype)
+  dk = exact_dot("bkrs,bkrd->bksd", dx, q).astype(dtype)
   dsinks = None
   if sinks is not None:
     share = jnp.exp(_per_row(sinks, top) - top)
@@ -267,7 +267,7 @@ def _clean(mask, q, k, v):
 def _logits(options, q, k, mask, t):
   """Masked logits [b k g t s], and the softcap's slope there or None."""
   b, heads, rows, _ = q.shape
-  x = dot("bkrd,bksd->bkrs", q, k) * options.scale
+  x = exact_dot("bkrd,bksd->bkrs", q, k) * options.scale
   x = x.reshape(b, heads, rows // t, t, k.shape[2])
   slope = None
   if options.softcap is not None:
