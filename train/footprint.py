@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from isthmus.attention.bench.clock import Clock, build
+from isthmus.attention.bench.clock import Clock, Program, build
 from isthmus.train import manifest
 
 #: What is said of a program that the device has no room for.
@@ -71,8 +71,10 @@ def measure(
   arguments: Callable[[], tuple[Any, ...]],
   *,
   clock: Clock,
-) -> Row:
-  """The row with its figures; with a note where there is no room.
+) -> tuple[Row, Program | None]:
+  """(the row with its figures, the program).
+
+  Where there is no room the row has a note, and there is no program.
 
   Args:
     row: without figures.
@@ -88,8 +90,8 @@ def measure(
   Example:
     >>> row = Row(stack="sum", depth=1, width=1, volume=(8,), way="plain")
     >>> one = jax.ShapeDtypeStruct((8,), jnp.float32)
-    >>> found = measure(row, jnp.sin, (one,), lambda: (jnp.ones(8),),
-    ...                 clock=Clock(rounds=1, seconds=0.0))
+    >>> found, _ = measure(row, jnp.sin, (one,), lambda: (jnp.ones(8),),
+    ...                    clock=Clock(rounds=1, seconds=0.0))
     >>> found.ms > 0, found.note
     (True, '')
   """
@@ -104,12 +106,13 @@ def measure(
       "RESOURCE_EXHAUSTED" in text or FULL in text.lower()
     ):
       raise
-    return dataclasses.replace(row, note=FULL)
+    return dataclasses.replace(row, note=FULL), None
   after = _peak()
   grown = after is not None and before is not None and after > before
-  return dataclasses.replace(
+  row = dataclasses.replace(
     row, ms=seconds * 1e3, device_bytes=after if grown else None
   )
+  return row, program
 
 
 def _peak() -> int | None:

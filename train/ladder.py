@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import PRNGKeyArray
 
-from isthmus.attention.bench.clock import Clock
+from isthmus.attention.bench.clock import Clock, Program
 from isthmus.train import footprint, log
 from isthmus.train import workdir as folder
 from isthmus.train.footprint import Row
@@ -46,7 +46,8 @@ class Ladder:
     ways: that which needs least first, for a device tells its peak where it
       rises.
     bases: those of them that the others are compared with.
-    rounds: of which the median is taken.
+    rounds: of which the median is taken; each runs all ways of a problem, in
+      another order.
     seconds: of each round, about.
     limit_s: seconds after which nothing more is begun.
 
@@ -141,21 +142,30 @@ class Ladder:
       arguments = functools.cache(
         lambda problem=problem, key=key: jax.jit(problem.draw)(key)
       )
+      programs: dict[int, Program] = {}
       for way in self.ways:
         if stop.asked:
           return
-        row = Row(**problem.sizes, way=way)
+        row, program = Row(**problem.sizes, way=way), None
         if time.monotonic() - began > self.limit_s:
           row = dataclasses.replace(
             row, note=f"not begun after {self.limit_s:g} s"
           )
         else:
-          row = footprint.measure(
+          row, program = footprint.measure(
             row, problem.gradient(way), shapes, arguments, clock=clock
           )
+        if program is not None:
+          programs[len(rows)] = program
         rows.append(row)
         footprint.write(rows, path, device=_where())
         log.say(f"{len(rows)}/{count} {row}")
+      # Once more, side by side: a device slows down as it grows warm.
+      if programs:
+        times = clock.in_turns(list(programs.values()), [arguments()])
+        for n, seconds in zip(programs, times, strict=True):
+          rows[n] = dataclasses.replace(rows[n], ms=seconds * 1e3)
+        footprint.write(rows, path, device=_where())
 
   def _tell(self, rows, path) -> None:
     text = footprint.table(rows, self.bases)

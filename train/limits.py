@@ -1,13 +1,15 @@
 """A job that finds the largest 3D U-Nets whose training step fits a budget."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,12 +28,16 @@ from isthmus.train.tasks.segment import Segment
 AXES = ("volume", "depth", "width")
 
 
+class _GivenUp(Exception):
+  """There is no time left, or a signal came."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
   """The largest volume, depth and width of a net within a budget, by mode.
 
-  Found from compiled programs; a step is run only of the reversible net, on
-  volumes that fit it and not the plain one.
+  Found from compiled programs, several at a time. Where the reversible net
+  goes beyond the plain one, its step is run, and the plain net's tried.
 
   Attributes:
     net: of which one size at a time is enlarged. Its mode is not read.
@@ -117,10 +123,20 @@ class Limits:
   def _need(self, net: UNet3D, sides: tuple[int, ...]) -> float:
     return step_bytes(net, Segment(), (1, *sides, self.channels)) / 2**30
 
-  def largest(self, mode: str, axis: str) -> int:
-    """The largest side, depth or first width that fits; 0 if none does."""
+  def largest(
+    self, mode: str, axis: str, *, check: Callable[[], None] = lambda: None
+  ) -> int:
+    """The largest side, depth or first width that fits; 0 if none does.
+
+    `check` is called before each compilation, and may raise.
+    """
     low, high, step = self.ends(axis)
-    need = functools.cache(functools.partial(self.need, mode, axis))
+
+    @functools.cache
+    def need(n):
+      check()
+      return self.need(mode, axis, n)
+
     if need(low) > self.budget:
       return 0
     return largest(need, self.budget, low=low, high=high, step=step)
@@ -136,22 +152,28 @@ class Limits:
 
     Returns:
       `MODE/AXIS`; of `shown`, `MODE/gib`; `gain/AXIS`, the reversible net's
-      size over the plain one's, of the volume in voxels; of a step that was
-      run, `SHAPE/ran`, 1, or 0 where there was no room, and `SHAPE/ms`.
+      size over the plain one's, of the volume in voxels; of the steps that
+      were run, `SIZE/MODE/ran`, 1, or 0 where there was no room, and
+      `SIZE/MODE/ms`.
     """
     path = pathlib.Path(workdir).absolute()
     found: dict[str, float] = {}
     began = time.monotonic()
     with folder.lock(path), requests() as stop:
       folder.record(path, self, source=source or {}, force=force)
+
+      def check():
+        if stop.asked or time.monotonic() - began > self.limit_s:
+          raise _GivenUp
+
       try:
-        for name, figure in self._figures(found):
-          late = time.monotonic() - began > self.limit_s
-          if stop.asked or late:
-            log.say(f"{name} and what follows: not begun")
-            break
-          found |= figure()
-          log.say(f"{name}: {found[name]:g}")
+        for name, figures in self._figures(found, check):
+          try:
+            found |= figures()
+          except _GivenUp:
+            log.say(f"{name}: given up")
+          else:
+            log.say(f"{name}: {found[name]:g}")
           manifest.write_text(path / "limits.json", json.dumps(found, indent=1))
       finally:
         text = self.table(found)
@@ -160,64 +182,100 @@ class Limits:
     found |= self.gains(found)
     return found | ({"interrupted": 1.0} if stop.asked else {})
 
-  def _figures(self, found: dict[str, float]) -> Iterator[tuple[str, Any]]:
-    """Names and what makes them, of which the later depend on the earlier."""
-    for axis, mode in itertools.product(self.axes, self.modes):
-      name = f"{mode}/{axis}"
-      yield name, lambda m=mode, a=axis, n=name: {n: float(self.largest(m, a))}
-    shown = [self.shown] if self.shown else []
-    for sides, mode in itertools.product(shown, self.modes):
-      name, net = f"{mode}/gib", self.net.clone(mode=mode)
-      yield name, lambda m=net, n=name, s=sides: {n: self._need(m, s)}
-    for sides in self.only_reversible(found):
-      name = "x".join(map(str, sides))
-      yield f"{name}/ran", lambda s=sides: self.execute(s)
+  def _figures(
+    self, found: dict[str, float], check: Callable[[], None]
+  ) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """Names and what gives them, of which the later depend on the earlier."""
 
-  def only_reversible(
+    def search(mode, axis):
+      return float(self.largest(mode, axis, check=check))
+
+    def shown(mode):
+      check()
+      return self._need(self.net.clone(mode=mode), self.shown)
+
+    # XLA compiles outside of Python's lock.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      waiting = {
+        f"{mode}/{axis}": pool.submit(search, mode, axis)
+        for axis, mode in itertools.product(self.axes, self.modes)
+      }
+      if self.shown:
+        waiting |= {f"{m}/gib": pool.submit(shown, m) for m in self.modes}
+      for name, one in waiting.items():
+        yield name, lambda name=name, one=one: {name: one.result()}
+    for name, net, sides in self.beyond(found):
+
+      def execute(name=name, net=net, sides=sides):
+        check()
+        return self.execute(name, net, sides)
+
+      yield f"{name}/reversible/ran", execute
+
+  def beyond(
     self, found: dict[str, float]
-  ) -> list[tuple[int, int, int]]:
-    """Volumes, of those found, that fit the reversible net alone."""
-    volumes = []
-    side = int(found.get("reversible/volume", 0))
-    if side > found.get("plain/volume", math.inf):
-      volumes.append((side, side, side))
+  ) -> list[tuple[str, UNet3D, tuple[int, int, int]]]:
+    """(name, net, sides) of what was found to fit the reversible net alone."""
+    sizes = []
+    for axis in self.axes:
+      ours = int(found.get(f"reversible/{axis}", 0))
+      if ours > found.get(f"plain/{axis}", math.inf):
+        sides = (ours,) * 3 if axis == "volume" else self.sides
+        net = self.resized("reversible", axis, ours)
+        sizes.append((f"{axis}={ours}", net, sides))
     ours = found.get("reversible/gib", math.inf)
-    plain = found.get("plain/gib", 0.0)
-    if self.shown and ours <= self.budget < plain:
-      volumes.append(self.shown)
-    return volumes
+    if self.shown and ours <= self.budget < found.get("plain/gib", 0.0):
+      name = "x".join(map(str, self.shown))
+      sizes.append((name, self.net.clone(mode="reversible"), self.shown))
+    return sizes
 
-  def execute(self, sides: tuple[int, int, int]) -> dict[str, float]:
-    """Runs steps of the reversible net on a random volume."""
-    model, task = self.net.clone(mode="reversible"), Segment()
+  def execute(
+    self, name: str, net: UNet3D, sides: tuple[int, int, int]
+  ) -> dict[str, float]:
+    """Runs steps on a random volume.
+
+    Of the plain net too where a device has memory of its own: there it is
+    told to have no room, or the plan was wrong.
+    """
+    modes = ["reversible"]
+    if (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"):
+      modes.append("plain")
+    found = {}
+    for mode in modes:
+      row = self._measure(net.clone(mode=mode), sides)
+      found[f"{name}/{mode}/ran"] = float(row.ms is not None)
+      if row.ms is not None:
+        found[f"{name}/{mode}/ms"] = row.ms
+    return found
+
+  def _measure(self, net: UNet3D, sides: tuple[int, int, int]) -> Row:
+    task = Segment()
 
     def draw(key):
       image = jax.random.normal(key, (1, *sides, self.channels))
-      label = jax.random.randint(key, image.shape[:-1], 0, model.classes)
+      label = jax.random.randint(key, image.shape[:-1], 0, net.classes)
       batch = {"image": image, "label": label}
-      variables = dict(task.init(model, batch, key))
+      variables = dict(task.init(net, batch, key))
       return variables.pop("params"), variables, batch, key
 
     def step(params, mutables, batch, key):
-      loss = lambda params: task.loss(model, params, mutables, batch, key)
+      loss = lambda params: task.loss(net, params, mutables, batch, key)
       return jax.value_and_grad(loss, has_aux=True)(params)
 
-    row = footprint.measure(
+    row, _ = footprint.measure(
       Row(
         stack="unet3d",
-        depth=max(model.depths[0]),
-        width=model.widths[0],
+        depth=max(net.depths[0]),
+        width=net.widths[0],
         volume=(1, *sides),
-        way="reversible",
+        way=net.mode,
       ),
       step,
       jax.eval_shape(draw, jax.random.key(0)),
       lambda: jax.jit(draw)(jax.random.key(0)),
       clock=Clock(rounds=3, seconds=0.0),
     )
-    name = "x".join(map(str, sides))
-    ran = {f"{name}/ran": float(row.ms is not None)}
-    return ran if row.ms is None else {**ran, f"{name}/ms": row.ms}
+    return row
 
   def gains(self, found: dict[str, float]) -> dict[str, float]:
     """`gain/AXIS`, where the plain net's end was found."""

@@ -6,6 +6,7 @@ Inputs are random; zeros draw less power, and so run faster than data does.
 
 import dataclasses
 import math
+import random
 import re
 import statistics
 import time
@@ -42,21 +43,47 @@ class Clock:
     self, program: Callable[..., Any], sets: Sequence[tuple[Any, ...]]
   ) -> float:
     """Seconds of a call: the median of the rounds, over `sets` in turns."""
+    return self.in_turns([program], sets)[0]
+
+  def in_turns(
+    self,
+    programs: Sequence[Callable[..., Any]],
+    sets: Sequence[tuple[Any, ...]],
+  ) -> list[float]:
+    """`seconds_of` each program; every round runs all, in another order.
+
+    A device that grows warm, and slower, so favours none of them.
+
+    Example:
+      >>> double = build(lambda x: x + x, jnp.ones(9))
+      >>> times = Clock(rounds=3, seconds=1e-3).in_turns(
+      ...   [double, double], [(jnp.ones(9),)]
+      ... )
+      >>> len(times)
+      2
+    """
+    calls = [self._calls(program, sets) for program in programs]
+    times: list[list[float]] = [[] for _ in programs]
+    for round_ in range(self.rounds):
+      order = list(range(len(programs)))
+      random.Random(round_).shuffle(order)
+      for n in order:
+        start = time.perf_counter()
+        out = None
+        for i in range(calls[n]):
+          out = programs[n](*sets[i % len(sets)])
+        jax.block_until_ready(out)
+        times[n].append((time.perf_counter() - start) / calls[n])
+    return [statistics.median(t) for t in times]
+
+  def _calls(self, program, sets) -> int:
+    """How many calls fill a round, told by two after one of each of `sets`."""
     for arguments in sets:
       jax.block_until_ready(program(*arguments))
     start = time.perf_counter()
     jax.block_until_ready([program(*sets[0]) for _ in range(2)])
     once = (time.perf_counter() - start) / 2
-    calls = min(1000, max(1, math.ceil(self.seconds / max(once, 1e-6))))
-    times = []
-    for _ in range(self.rounds):
-      start = time.perf_counter()
-      out = None
-      for i in range(calls):
-        out = program(*sets[i % len(sets)])
-      jax.block_until_ready(out)
-      times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
+    return min(1000, max(1, math.ceil(self.seconds / max(once, 1e-6))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,9 @@ def test_a_program_has_its_memory_and_time():
   def call(x):
     return jnp.sort(jnp.outer(x, x), axis=0).sum(0)
 
-  row = footprint.measure(_row(), call, SHAPE, _ones, clock=QUICK)
+  row, program = footprint.measure(_row(), call, SHAPE, _ones, clock=QUICK)
   assert row.temp_bytes >= 64 * 64 * 4 and row.ms > 0 and not row.note
+  assert program.temp_bytes == row.temp_bytes
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,8 @@ def test_no_room_is_a_note_and_the_memory_is_told(error):
     raise error
 
   call = lambda x: jnp.sort(jnp.outer(x, x), axis=0).sum(0)
-  row = footprint.measure(_row(), call, SHAPE, arguments, clock=QUICK)
+  row, program = footprint.measure(_row(), call, SHAPE, arguments, clock=QUICK)
+  assert program is None
   assert row.note == "out of memory" and row.ms is None
   assert row.temp_bytes >= 64 * 64 * 4
 
@@ -64,7 +66,7 @@ def test_other_failures_are_not_hidden():
 def test_a_peak_is_told_where_it_rises(monkeypatch, after, told):
   peaks = iter([7, after])
   monkeypatch.setattr(footprint, "_peak", lambda: next(peaks))
-  row = footprint.measure(_row(), jnp.sin, SHAPE, _ones, clock=QUICK)
+  row, _ = footprint.measure(_row(), jnp.sin, SHAPE, _ones, clock=QUICK)
   assert row.device_bytes == told
 
 

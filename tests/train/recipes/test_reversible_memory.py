@@ -22,7 +22,7 @@ def plain():
 
 
 @pytest.mark.parametrize(
-  "way", ["reversible", "cache-0.5", "remat-sublayer", "remat-block"]
+  "way", ["reversible", "cache-0.69", "remat-sublayer", "remat-block"]
 )
 def test_every_way_has_the_gradient_of_the_plain_one(way, plain):
   params, dx = _gradient(way)
