@@ -265,10 +265,10 @@ def sweep(
   a_floats, a_ints = separate(aux)
   wide = lambda leaf: leaf.astype(accumulator(leaf.dtype))
 
-  def undo(branch, one, seen, other, low, delta):
-    """A branch that read `seen` and added `delta` (None: not known) to `other`.
+  def pull(branch, one, seen, low):
+    """(what a branch added, derivatives by params, what it read, and aux).
 
-    low: the loss's derivative by `other` as it was left, in any precision.
+    low: the loss's derivative by what it added to, in any precision.
     """
     params, key, state = one
     floats, ints = separate(params)
@@ -283,27 +283,26 @@ def sweep(
       )
 
     dx, back, _ = jax.vjp(call, floats, seen, a_floats, has_aux=True)
-    d_params, d_seen, d_aux = back(low.astype(dx.dtype))
-    # One evaluation of the branch serves its derivative and the inverse.
-    added = snap(dx if delta is None else delta, other, grid)
-    return other - added, d_params, d_seen, d_aux
+    return dx, *back(low.astype(dx.dtype))
 
   def step(carry, i, cached):
     (y1, y2), (d1, d2), low, grads, d_aux = carry
     layer_f, layer_g = stack.layer(i)
-    pick = lambda deltas, i: jax.lax.dynamic_index_in_dim(
-      deltas, i - start, keepdims=False
-    )
-    delta_f = delta_g = None
-    if cached:
-      delta_g = pick(deltas[1], i)
-    x2, gg, d_seen, ag = undo(stack.g, layer_g, y1, y2, low, delta_g)
+    # One evaluation of a branch serves its derivative and the inverse.
+    dg, gg, d_seen, ag = pull(stack.g, layer_g, y1, low)
     d1 = d1 + d_seen
     if cached:
-      # x1 overwrites y1, so it has to wait until g's derivatives are done.
+      # Else f would begin before g is done, and both would need memory.
       late, gg = _after(gg, i)
-      delta_f = pick(deltas[0], late)
-    x1, gf, d_seen, af = undo(stack.f, layer_f, x2, y1, d1, delta_f)
+      df, dg = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(
+          leaf, late - start, keepdims=False
+        ),
+        deltas,
+      )
+    x2 = y2 - snap(dg, y2, grid)
+    added, gf, d_seen, af = pull(stack.f, layer_f, x2, d1)
+    x1 = y1 - snap(df if cached else added, y1, grid)
     d2 = d2 + d_seen
     put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
     grads = jax.tree.map(put, grads, (gf, gg))
