@@ -139,7 +139,10 @@ class Limits:
 
     if need(low) > self.budget:
       return 0
-    return largest(need, self.budget, low=low, high=high, step=step)
+    power = 3 if axis == "volume" else 1
+    return largest(
+      need, self.budget, low=low, high=high, step=step, power=power
+    )
 
   def run(
     self,

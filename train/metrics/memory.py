@@ -1,5 +1,6 @@
 """What a training step will take, from its compiled program alone."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -62,37 +63,50 @@ def largest(
   low: int,
   high: int,
   step: int = 1,
+  power: float = 1.0,
 ) -> int:
   """The largest n in low, low + step, ..., high whose need fits the budget.
 
-  By bisection: need must not fall where n grows.
+  need must not fall where n grows. It is asked about four times where it is
+  nearly a straight line in n^power, and never more than 4 log2 of the steps.
 
   Args:
     need: of n; it may be costly.
     budget: the most that it may be.
     low, high: the ends of the search, `step` apart.
+    power: 3 for voxels by the side of a cube.
 
   Raises:
     ValueError: ends that no step joins, or a need above the budget at low.
 
   Example:
-    >>> largest(lambda n: n**3, 1000, low=2, high=64, step=2)
+    >>> largest(lambda n: n**3, 1000, low=2, high=64, step=2, power=3)
     10
   """
   if step < 1 or high < low or (high - low) % step:
     raise ValueError(f"no steps of {step} lead from {low} to {high}")
+  need = functools.cache(need)
   if need(low) > budget:
     raise ValueError(f"{low} already needs {need(low):g}, above {budget:g}")
-  good, bad = 0, (high - low) // step + 1
-  # Outwards first: what is far too large is the dearest to compile.
-  stride = 1
-  while good + stride < bad and need(low + (good + stride) * step) <= budget:
-    good, stride = good + stride, 2 * stride
-  bad = min(bad, good + stride)
-  while bad - good > 1:
-    middle = (good + bad) // 2
-    if need(low + middle * step) <= budget:
-      good = middle
+  good, bad, before = low, high + step, None
+  slow = 0
+  while bad - good > step:
+    # Outwards first: what is far too large is the dearest to compile.
+    other = bad if bad <= high else before
+    if other is None:
+      n = good + step
+    elif slow > 2 or need(other) == need(good):
+      n = (good + bad) // 2
     else:
-      bad = middle
-  return low + good * step
+      slope = (other**power - good**power) / (need(other) - need(good))
+      n = (good**power + slope * (budget - need(good))) ** (1 / power)
+    # The last step below n, but a new one.
+    n = low + int((n - low) // step) * step
+    n = min(max(n, good + step), bad - step)
+    width = bad - good
+    if need(n) <= budget:
+      before, good = good, n
+    else:
+      bad = n
+    slow = 0 if slow > 2 or bad - good <= width / 2 else slow + 1
+  return good
