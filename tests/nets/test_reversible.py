@@ -348,6 +348,7 @@ def compiled(depth, *, f=None, width=64, rows=(4, 64), **options):
 
 
 def temporary(depth, **options):
+  """Bytes of temporaries of a gradient."""
   return compiled(depth, **options).memory_analysis().temp_size_in_bytes
 
 
@@ -369,6 +370,16 @@ def test_a_cache_takes_the_bytes_it_says():
   # XLA of jax 0.10 keeps a second copy of them on a CPU.
   copies = 1 if jax.__version_info__ >= (0, 11) else 2
   np.testing.assert_allclose(grown, copies * 16 * layer, rtol=0.05)
+  # Nothing else: g is done before f begins, as without a cache.
+  limit = temporary(32) + copies * 16 * layer
+  assert temporary(32, cache=0.5) < 1.05 * limit
+
+
+def test_remat_keeps_no_copies_of_parameters():
+  """Few rows and much wider layers: all that is kept is small beside them."""
+  params, _ = jax.eval_shape(lambda: draw(16, width=128))
+  layer = sum(p.size * 4 for p in jax.tree.leaves(params)) // 16
+  assert temporary(16, width=128, rows=(1, 1), mode="remat") < 4 * layer
 
 
 def test_strict_promotion():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isthmus.pallas import precision
-from isthmus.pallas.precision import accumulator, dot
+from isthmus.pallas.precision import accumulator, dot, exact_dot
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -35,3 +35,19 @@ def test_transposed_products_of_bfloat16_run_on_a_cpu(equation):
   x, y = jnp.ones((2, 16, 32), jnp.bfloat16), jnp.ones((2, 16, 64))
   run = jax.jit(lambda y: dot(equation, x, y.astype(jnp.bfloat16)).T)
   np.testing.assert_array_equal(run(y), 32)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "asked", "want"),
+  [
+    (jnp.float32, None, jax.lax.Precision.HIGHEST),
+    (jnp.float32, "tensorfloat32", jax.lax.Precision.HIGH),
+    (jnp.bfloat16, None, None),
+  ],
+)
+def test_float32_is_multiplied_whole_unless_asked(dtype, asked, want):
+  x = jnp.ones((2, 4), dtype)
+  with jax.default_matmul_precision(asked):
+    jaxpr = jax.make_jaxpr(lambda x: exact_dot("ij,kj->ik", x, x))(x)
+  (found,) = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+  assert found.params["precision"] in (want, (want, want))
