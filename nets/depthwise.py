@@ -85,6 +85,12 @@ class Depthwise(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise(strides, x, kernel):
+  return _sum_of_shifts(strides, x, kernel)
+
+
+# Under jit, the many taps of one shape are traced once.
+@functools.partial(jax.jit, static_argnums=0)
+def _sum_of_shifts(strides, x, kernel):
   space, taps = x.shape[1:-1], kernel.shape[:-1]
   pads = _same(space, taps, strides)
   padded = jax.lax.pad(x, _zero(x), [_NONE, *pads, _NONE])
@@ -92,9 +98,10 @@ def _depthwise(strides, x, kernel):
 
 
 def _forward(strides, x, kernel):
-  return _depthwise(strides, x, kernel), (x, kernel)
+  return _sum_of_shifts(strides, x, kernel), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(strides, residuals, dy):
   x, kernel = residuals
   space, taps = x.shape[1:-1], kernel.shape[:-1]

@@ -56,6 +56,7 @@ class ReversibleBlocks(nn.Module):
   ) -> tuple[Float[Array, "b *space c"], Float[Array, "b *space c"]]:
     branch: Any = self.branch.clone(parent=None)
 
+    @jax.jit
     def draw(key):
       # No parameter of a convolution depends on the extent.
       small = jnp.zeros((1, *(2,) * (x[0].ndim - 2), x[0].shape[-1]))
@@ -79,7 +80,9 @@ class ReversibleBlocks(nn.Module):
     ]
     moves = bool(stats) and train
 
-    def add(params, x, *, key, state, aux):
+    # Both branches, forwards and backwards, are one program: traced once.
+    @jax.jit
+    def run(params, x, key, state):
       variables = {"params": params}
       if state is not None:
         variables["batch_stats"] = state
@@ -88,6 +91,9 @@ class ReversibleBlocks(nn.Module):
       if key is not None:
         dx = _drop(dx, self.dropout, key)
       return dx, new["batch_stats"] if moves else state
+
+    def add(params, x, *, key, state, aux):
+      return run(params, x, key, state)
 
     y, state = reversible_stack(
       add,

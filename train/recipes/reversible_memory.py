@@ -27,7 +27,7 @@ Measured: gradients of 48 layers, MiB of compiled temporaries and ms, all ways
   again. U-Nets, within 32 MiB on a CPU (`small`: 2 levels, 4 layers each way,
   32^3 voxels), reversible against plain: a cube of 50 against 40, at least 32
   layers against 10, at least 32 first channels against 16; another net than
-  the paper's, so no verdict on its claim. Measured by us
+  the paper's, so no verdict on its claim; measured by us
 Check: none
 """
 
