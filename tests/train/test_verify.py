@@ -11,6 +11,8 @@ from isthmus.train.config import ConfigError, load
 from isthmus.train.verify import Figure, parse
 from isthmus.train.workdir import WorkdirError
 
+pytestmark = pytest.mark.once
+
 GOOD = "smoke: eval/loss <= 6, eval/bits_per_byte = 7 +- 2; two CPU cores"
 
 

@@ -13,6 +13,8 @@ from isthmus.nets.reversible import assert_reversible
 from isthmus.nets.vision.reversible import ConvBlock, ReversibleBlocks
 from tests.nets.suite import distance, jit
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 PAIR = tuple(jax.random.normal(k, (2, 4, 5, 6)) for k in jax.random.split(KEY))
 

@@ -36,6 +36,7 @@ def test_eight_devices_give_the_loss_of_one(name, tmp_path):
   suite.assert_fit_splits(name, tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OTHERS)
 def test_smoke_runs_twice_alike(name, tmp_path):
   suite.assert_job_repeats(name, tmp_path)
