@@ -13,6 +13,7 @@ else:
   from isthmus.attention.decode import decode, decode_step
   from isthmus.attention.mask import EMPTY
   from isthmus.attention.merge import add_sinks, merge
+  from isthmus.attention.moba import moba
   from isthmus.attention.module import Attention
   from isthmus.attention.sdpa import attention, explain, report, save_attention
 
@@ -28,6 +29,7 @@ else:
     "decode_step",
     "explain",
     "merge",
+    "moba",
     "report",
     "save_attention",
   ]

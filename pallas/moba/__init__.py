@@ -1,0 +1,1 @@
+"""Mixture of block attention: each query chooses the key blocks it reads."""
