@@ -15,6 +15,8 @@ else:
   from isthmus.attention.merge import add_sinks, merge
   from isthmus.attention.moba import moba
   from isthmus.attention.module import Attention
+  from isthmus.attention.ring import ring_attention
+  from isthmus.attention.schedule import choose_schedule
   from isthmus.attention.sdpa import attention, explain, report, save_attention
 
   __version__ = version("isthmus")
@@ -25,11 +27,13 @@ else:
     "KVCache",
     "add_sinks",
     "attention",
+    "choose_schedule",
     "decode",
     "decode_step",
     "explain",
     "merge",
     "moba",
     "report",
+    "ring_attention",
     "save_attention",
   ]
