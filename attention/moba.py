@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int, Int32
 
-from isthmus.attention.sdpa import _check_extra, _check_shapes
+from isthmus.attention.sdpa import check_extra, check_shapes
 from isthmus.attention.shard import sharded
 from isthmus.pallas.dispatch import Impl, Op
 from isthmus.pallas.moba.api import Extras, Options
@@ -93,19 +93,19 @@ def moba(
   Reference: Mixture of Block Attention, https://arxiv.org/abs/2502.13189;
   Optimizing Mixture of Block Attention, https://arxiv.org/abs/2511.11571.
   """
-  _check_shapes(q, k, v)
+  check_shapes(q, k, v)
   (b, t, n, d), (s, heads) = q.shape, k.shape[1:3]
   for name, x in (("block", block), ("top_k", top_k)):
     if x < 1:
       raise ValueError(f"{name} is {x}; it must be at least 1")
   if s < 1:
     raise ValueError("there are no keys")
-  _check_extra("segment_ids", segment_ids, ((b,), (t,)))
-  _check_extra("q_positions", q_positions, ((1, b), (t,)))
+  check_extra("segment_ids", segment_ids, ((b,), (t,)))
+  check_extra("q_positions", q_positions, ((1, b), (t,)))
   layout = _layout(t, s, block, causal, segment_ids, max_segments, q_positions)
   if centroids is not None:
     g = layout.start.shape[1]
-    _check_extra("centroids", centroids, ((b,), (g,), (heads,), (d,)))
+    check_extra("centroids", centroids, ((b,), (g,), (heads,), (d,)))
     centroids = jax.lax.stop_gradient(centroids.astype(q.dtype))
   options = Options(
     block=int(block),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, Shaped
 
 from isthmus.attention.block_mask import BlockMask
 from isthmus.attention.mask import Window, conditions
@@ -230,7 +230,7 @@ def _prepare(
   return_lse=False,
 ) -> tuple[Options, Extras]:
   """The checked arguments; every refusal that no implementation lifts."""
-  _check_shapes(q, k, v)
+  check_shapes(q, k, v)
   (b, t, n, d), s, heads = q.shape, k.shape[1], k.shape[2]
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap is {softcap}; it must be above 0")
@@ -253,7 +253,7 @@ def _prepare(
     ("kv_positions", kv_positions, ((1, b), (1, heads), (s,))),
     ("sinks", sinks, ((n,),)),
   ):
-    _check_extra(name, x, shape)
+    check_extra(name, x, shape)
   predicate, q_ops, k_ops = conditions(
     t,
     s,
@@ -286,7 +286,17 @@ def _prepare(
   )
 
 
-def _check_shapes(q, k, v) -> None:
+def check_shapes(
+  q: Float[Array, "..."], k: Float[Array, "..."], v: Float[Array, "..."]
+) -> None:
+  """Raises ValueError for q, k and v that no attention fits.
+
+  Example:
+    >>> x = jnp.ones((1, 4, 3, 8))
+    >>> check_shapes(x, x[:, :, :2], x[:, :, :2])
+    Traceback (most recent call last):
+    ValueError: 3 query heads are not a multiple of 2 kv heads
+  """
   if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
     raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: each has 4 axes")
   if k.shape[:3] != v.shape[:3]:
@@ -303,7 +313,23 @@ def _check_shapes(q, k, v) -> None:
     raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; not one")
 
 
-def _check_extra(name, x, sizes) -> None:
+def check_extra(
+  name: str,
+  x: Shaped[Array, "..."] | None,
+  sizes: Sequence[tuple[int, ...]],
+) -> None:
+  """Raises ValueError for an array of another shape; positions are int32.
+
+  Args:
+    name: of the argument.
+    x: the array, or None, which is let pass.
+    sizes: what each axis may be.
+
+  Example:
+    >>> check_extra("q_positions", jnp.zeros((2, 4), int), ((1, 3), (4,)))
+    Traceback (most recent call last):
+    ValueError: q_positions has shape (2, 4); wanted [1|3 4]
+  """
   if x is None:
     return
   if len(x.shape) != len(sizes) or any(
@@ -335,7 +361,7 @@ def _check_mask(mask, b, t, n, s, heads) -> None:
     ("k", mask.k, ((1, b), (1, heads), (s,))),
   ):
     for x in xs:
-      _check_extra(f"the mask's {name} operand", x, sizes)
+      check_extra(f"the mask's {name} operand", x, sizes)
 
 
 def _implementation(name: str, module: str) -> Impl:

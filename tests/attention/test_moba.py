@@ -14,6 +14,8 @@ from isthmus.pallas.moba import chunked
 from tests.attention.oracle import by_hand, check, inputs
 from tests.pallas.moba.sets import mask_of
 
+pytestmark = pytest.mark.once
+
 IMPLS = ("chunked", "xla")
 
 

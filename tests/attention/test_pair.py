@@ -14,6 +14,8 @@ from isthmus.attention.sdpa import attention
 from isthmus.attention.zigzag import spread
 from tests.attention.oracle import by_hand, inputs
 
+pytestmark = pytest.mark.once
+
 SETTINGS = [
   {"layout": "contiguous"},
   {"layout": "contiguous", "causal": True},

@@ -24,6 +24,8 @@ from isthmus.attention.zigzag import unzigzag, zigzag
 from tests.attention.cover import pairs
 from tests.attention.oracle import by_hand, check, dense_mask, inputs, segments
 
+pytestmark = pytest.mark.once
+
 B, T = 2, 48
 TOKENS, ROWS = P(None, "seq"), P(None, None, "seq")
 

@@ -15,6 +15,8 @@ from isthmus.attention.rotation import BACKWARD, FORWARD
 from isthmus.attention.schedule import SCHEDULES
 from tests.attention.oracle import inputs
 
+pytestmark = pytest.mark.once
+
 NOBODY = (Tokens(), Tokens(), (None, None))
 SPEC = P(None, "seq")
 

@@ -20,6 +20,8 @@ from isthmus.attention.schedule import (
   messages,
 )
 
+pytestmark = pytest.mark.once
+
 KINDS = {
   "collective-permute": "permute",
   "all-gather": "gather",

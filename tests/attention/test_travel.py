@@ -18,6 +18,8 @@ from isthmus.attention.travel import (
 )
 from isthmus.attention.zigzag import zigzag
 
+pytestmark = pytest.mark.once
+
 SPEC = P(None, "seq")
 
 

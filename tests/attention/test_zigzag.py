@@ -13,6 +13,8 @@ from isthmus.attention.zigzag import (
   zigzag_positions,
 )
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("axis", [0, 1, -2])

@@ -9,6 +9,8 @@ import pytest
 from isthmus.pallas.moba.api import Extras, Options
 from isthmus.pallas.moba.layout import packed, uniform
 
+pytestmark = pytest.mark.once
+
 
 def test_options_are_static():
   assert hash(Options(4, 2)) == hash(Options(4, 2)) != hash(Options(4, 3))

@@ -13,6 +13,8 @@ from isthmus.pallas.moba.api import Extras, Options
 from isthmus.pallas.moba.layout import packed, uniform
 from tests.attention.oracle import inputs
 
+pytestmark = pytest.mark.once
+
 OPTIONS = Options(block=4, top_k=3, scale=0.4)
 
 

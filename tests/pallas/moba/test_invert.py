@@ -7,6 +7,8 @@ import pytest
 
 from isthmus.pallas.moba.invert import invert, tiles
 
+pytestmark = pytest.mark.once
+
 EXTREMES = (-(2**31), 2**31 - 1, -1)
 
 

@@ -7,6 +7,8 @@ import pytest
 from isthmus.pallas.moba.layout import mark_lost, packed, uniform
 from tests.pallas.moba.sets import blocks, runs
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("t, s", [(9, 9), (4, 11), (11, 4), (1, 8)])
 def test_uniform_blocks(t, s):

@@ -9,6 +9,8 @@ from isthmus.pallas.moba.layout import packed, uniform
 from isthmus.pallas.moba.pool import pool
 from tests.pallas.moba.sets import blocks, means, runs
 
+pytestmark = pytest.mark.once
+
 
 def keys(*shape, dtype=jnp.float32, seed=0):
   draw = np.random.default_rng(seed).standard_normal(shape)

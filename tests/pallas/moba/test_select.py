@@ -13,6 +13,8 @@ from isthmus.pallas.moba.ref import choose_plainly
 from isthmus.pallas.moba.select import choose
 from tests.pallas.moba.sets import table
 
+pytestmark = pytest.mark.once
+
 
 def draw(b, t, s, n, heads, d, dtype=jnp.float32, seed=0):
   keys = jax.random.split(jax.random.key(seed), 2)
