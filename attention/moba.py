@@ -15,7 +15,7 @@ from isthmus.attention.sdpa import check_extra, check_shapes
 from isthmus.attention.shard import sharded
 from isthmus.pallas.dispatch import Impl, Op
 from isthmus.pallas.moba.api import Extras, Options
-from isthmus.pallas.moba.layout import Layout, mark_lost, packed, uniform
+from isthmus.pallas.moba.layout import BlockLayout, mark_lost, packed, uniform
 
 
 def moba(
@@ -113,7 +113,7 @@ def moba(
     causal=bool(causal),
     scale=float(d**-0.5 if scale is None else scale),
   )
-  labels = Layout(*("b" if x is not None else None for x in layout))
+  labels = BlockLayout(*("b" if x is not None else None for x in layout))
   o, lse = sharded(
     functools.partial(_run, options, impl),
     (q, k, v, Extras(layout, centroids)),

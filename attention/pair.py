@@ -320,7 +320,7 @@ def _call(setting, form, who, ranks, blocks):
   """`attention` of a form, of (q, k, v)."""
 
   def run(q, k, v):
-    extra = {}
+    extra: dict[str, Any] = {}
     ids, kv_ids = who[0].ids, who[1].ids
     if ids is not None:
       extra["segment_ids"] = ids[:, form.rows :]

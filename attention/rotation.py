@@ -174,10 +174,13 @@ def _ulysses_forward(setting, rank, q, k, v, extra):
 def _ulysses_backward(setting, rank, q, k, v, back, extra):
   del rank
   whole = _ordered(setting)
-  do, *rows = back
+  do, lse, delta = back
   q, k, v, do = (to_heads(setting, x) for x in (q, k, v, do))
-  rows = [to_heads(setting, jnp.swapaxes(x, 1, 2)) for x in rows]
-  back = (do, *(jnp.swapaxes(x, 1, 2) for x in rows))
+  lse, delta = (
+    jnp.swapaxes(to_heads(setting, jnp.swapaxes(x, 1, 2)), 1, 2)
+    for x in (lse, delta)
+  )
+  back = (do, lse, delta)
   call = {"who": _whole(setting, extra), "ranks": (0, 0), "same": True}
   grads = pair.pull(whole, q, k, v, back, **call)
   return tuple(to_tokens(setting, x) for x in grads)

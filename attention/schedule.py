@@ -174,6 +174,7 @@ def messages(
   for x in ("k", "v", "k ids"):
     size[f"{x}, first"] = size[x] // s * (s // 2)
     size[f"{x}, rest"] = size[x] - size[f"{x}, first"]
+  found: list[tuple[int, Any, str, int]]
   if schedule == "all_gather":
     found = [(1, "gather", x, 0) for x in ("k", "v", "k ids")]
     found += [(2, "scatter", x, 0) for x in ("dk", "dv") if backward]
@@ -237,8 +238,8 @@ def choose_schedule(
 
   Args:
     devices: P.
-    q_heads, kv_heads, q_length, kv_length, width, value_width, batch, dtype,
-      layout, causal, window: see `messages`.
+    q_heads, kv_heads, q_length, kv_length, width, value_width: see `messages`.
+    batch, dtype, layout, causal, window: see `messages`.
     links: "both" directions work at the same time, or "one" at a time.
     gradients: count the backward pass too.
 
@@ -278,7 +279,7 @@ def choose_schedule(
     ways = directions(sent)
     one = links == "one" or devices == 2
     found[schedule] = sum(ways) if one else max(ways)
-  best, second, *_ = sorted(found, key=found.get)
+  best, second, *_ = sorted(found, key=lambda name: found[name])
   a, b = (f"{found[x] / 1e6:.3g} MB" for x in (best, second))
   reason = f"{best} sends the least, {a}; then {second}, {b}"
   if found[best] == found[second]:

@@ -193,9 +193,9 @@ class Limits:
     def search(mode, axis):
       return float(self.largest(mode, axis, check=check))
 
-    def shown(mode):
+    def shown(mode, sides):
       check()
-      return self._need(self.net.clone(mode=mode), self.shown)
+      return self._need(self.net.clone(mode=mode), sides)
 
     # XLA compiles outside of Python's lock.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -204,7 +204,10 @@ class Limits:
         for axis, mode in itertools.product(self.axes, self.modes)
       }
       if self.shown:
-        waiting |= {f"{m}/gib": pool.submit(shown, m) for m in self.modes}
+        waiting |= {
+          f"{mode}/gib": pool.submit(shown, mode, self.shown)
+          for mode in self.modes
+        }
       for name, one in waiting.items():
         yield name, lambda name=name, one=one: {name: one.result()}
     for name, net, sides in self.beyond(found):
@@ -223,7 +226,7 @@ class Limits:
     for axis in self.axes:
       ours = int(found.get(f"reversible/{axis}", 0))
       if ours > found.get(f"plain/{axis}", math.inf):
-        sides = (ours,) * 3 if axis == "volume" else self.sides
+        sides = (ours, ours, ours) if axis == "volume" else self.sides
         net = self.resized("reversible", axis, ours)
         sizes.append((f"{axis}={ours}", net, sides))
     ours = found.get("reversible/gib", math.inf)

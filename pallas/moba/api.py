@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from isthmus.pallas.moba.layout import Layout
+from isthmus.pallas.moba.layout import BlockLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,5 +42,5 @@ class Extras(NamedTuple):
     True
   """
 
-  layout: Layout
+  layout: BlockLayout
   centroids: Any = None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 
-class Layout(NamedTuple):
+class BlockLayout(NamedTuple):
   """Blocks by index, and queries by what they may choose; int32, by row.
 
   Attributes:
@@ -45,7 +45,7 @@ def uniform(
   block: int,
   causal: bool = True,
   positions: Int32[Array, "#b t"] | None = None,
-) -> Layout:
+) -> BlockLayout:
   """Blocks at multiples of their size, the last one cut at the end.
 
   Args:
@@ -69,13 +69,13 @@ def uniform(
   stop = jnp.minimum(start + block, s)
   if not causal:
     zero = jnp.zeros((1, t), jnp.int32)
-    return Layout(start, stop, zero - 1, zero, zero + g, zero + s)
+    return BlockLayout(start, stop, zero - 1, zero, zero + g, zero + s)
   if positions is None:
     positions = jnp.arange(s - t, s, dtype=jnp.int32)[None]
   own = positions // block
   last = jnp.clip(own, 0, g)
   own = jnp.where((own >= 0) & (own < g), own, -1)
-  return Layout(start, stop, own, jnp.zeros_like(own), last, positions)
+  return BlockLayout(start, stop, own, jnp.zeros_like(own), last, positions)
 
 
 def packed(
@@ -84,7 +84,7 @@ def packed(
   block: int,
   max_segments: int | None = None,
   causal: bool = True,
-) -> Layout:
+) -> BlockLayout:
   """Blocks of rows that hold several segments, counted from each one's start.
 
   Args:
@@ -124,11 +124,11 @@ def packed(
     last = jax.lax.cummin(jnp.where(closes, own + 1, t), axis=1, reverse=True)
     at, own = jnp.full_like(at, t), jnp.full_like(own, -1)
   own, last = jnp.where(lost, -1, own), jnp.where(lost, 0, last)
-  return Layout(ends[:, :-1], ends[:, 1:], own, first, last, at, lost)
+  return BlockLayout(ends[:, :-1], ends[:, 1:], own, first, last, at, lost)
 
 
 def mark_lost(
-  o: Float[Array, "b t n dv"], lse: Float[Array, "b n t"], layout: Layout
+  o: Float[Array, "b t n dv"], lse: Float[Array, "b n t"], layout: BlockLayout
 ) -> tuple[Float[Array, "b t n dv"], Float[Array, "b n t"]]:
   """NaN for tokens of segments past the bound, so that they can't be missed.
 

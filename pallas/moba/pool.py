@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.pallas.moba.layout import Layout
+from isthmus.pallas.moba.layout import BlockLayout
 from isthmus.pallas.precision import accumulator
 
 # Blocks of packed rows that are read at once.
@@ -15,7 +15,7 @@ _SOME = 64
 
 @functools.partial(jax.jit, static_argnames="block")
 def pool(
-  k: Float[Array, "b s k d"], layout: Layout, *, block: int
+  k: Float[Array, "b s k d"], layout: BlockLayout, *, block: int
 ) -> Float[Array, "b g k d"]:
   """The mean key of each block, over the tokens that it has.
 

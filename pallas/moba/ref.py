@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from isthmus.pallas.flash import api as flash
 from isthmus.pallas.flash import ref
 from isthmus.pallas.moba.api import Extras, Options
-from isthmus.pallas.moba.layout import Layout
+from isthmus.pallas.moba.layout import BlockLayout
 from isthmus.pallas.moba.pool import pool
 from isthmus.pallas.precision import exact_dot
 
@@ -107,7 +107,7 @@ def attend(
 def choose_plainly(
   q: Float[Array, "b t n d"],
   centroids: Float[Array, "b g k d"],
-  layout: Layout,
+  layout: BlockLayout,
   *,
   top_k: int,
   causal: bool = True,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from isthmus.pallas.moba.layout import Layout
+from isthmus.pallas.moba.layout import BlockLayout
 from isthmus.pallas.precision import accumulator, exact_dot
 
 #: Rows (queries times heads of a group) and centroids of a tile.
@@ -22,7 +22,7 @@ TILE = (256, 64)
 def choose(
   q: Float[Array, "b t n d"],
   centroids: Float[Array, "b g k d"],
-  layout: Layout,
+  layout: BlockLayout,
   *,
   top_k: int,
   causal: bool = True,
