@@ -354,7 +354,10 @@ def temporary(depth, **options):
 
 def test_memory_does_not_grow_with_the_depth():
   assert temporary(64) < 1.05 * temporary(16)
-  assert temporary(64, mode="remat") > 2.5 * temporary(16, mode="remat")
+  _, x = jax.eval_shape(lambda: draw(64, width=64, rows=(4, 64)))
+  streams = 4 * (x[0].size + x[1].size)
+  grown = temporary(64, mode="remat") - temporary(16, mode="remat")
+  np.testing.assert_allclose(grown, 48 * streams, rtol=0.05)
   assert temporary(64, mode="plain") > 3.5 * temporary(16, mode="plain")
 
 
@@ -367,12 +370,12 @@ def test_a_cache_takes_the_bytes_it_says():
   assert choose_cache(1e12, f, f, params, x) == 1
   assert choose_cache(0, f, f, params, x) == 0
   grown = temporary(32, cache=0.75) - temporary(32, cache=0.25)
-  # XLA of jax 0.10 keeps a second copy of them on a CPU.
-  copies = 1 if jax.__version_info__ >= (0, 11) else 2
+  # XLA of jax 0.10 keeps a second copy of them on a CPU, and some streams more.
+  copies, slack = (1, 1.05) if jax.__version_info__ >= (0, 11) else (2, 1.15)
   np.testing.assert_allclose(grown, copies * 16 * layer, rtol=0.05)
   # Nothing else: g is done before f begins, as without a cache.
   limit = temporary(32) + copies * 16 * layer
-  assert temporary(32, cache=0.5) < 1.05 * limit
+  assert temporary(32, cache=0.5) < slack * limit
 
 
 def test_remat_keeps_no_copies_of_parameters():
