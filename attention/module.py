@@ -9,9 +9,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from isthmus.attention.cache import KVCache
 from isthmus.attention.decode import decode
+from isthmus.attention.kconv import KeyConv, KeyConvCache
+from isthmus.attention.layer import (
+  LayerCache,
+  bound_moba,
+  check_cache,
+  check_moba,
+  init_cache,
+  parts,
+  read_blocks,
+)
 from isthmus.attention.mask import Window, check_window
+from isthmus.attention.moba import moba
+from isthmus.attention.moba_cache import MobaCache
 from isthmus.attention.sdpa import attention
 
 #: Queries up to which a cache is read by `decode`: it holds all their scores.
@@ -33,7 +44,9 @@ class Attention(nn.Module):
     attend: the mechanism, `isthmus.attention.attention` or one that takes the
       same arguments; settings of its own are bound by `functools.partial`. It
       is passed those that are set here, and no others. With a cache and few
-      queries, `attention` itself is replaced by `decode`, which is equal.
+      queries, `attention` itself is replaced by `decode`, which is equal. It
+      may be `functools.partial(isthmus.attention.moba, block=..., top_k=...)`,
+      whose `max_segments` counts where there are segments.
     causal: queries see no later keys.
     out_scale: factor on the initial standard deviation of `o`.
     dtype: what is multiplied.
@@ -47,6 +60,11 @@ class Attention(nn.Module):
     qk_norm: makes a module for the heads of queries, `q_norm`, and one for
       those of keys, `k_norm`, such as `isthmus.nets.RMSNorm`; called with
       `name` and `param_dtype`.
+    kconv: width of a `KeyConv` of the keys, before their norm and turn; None
+      for none.
+    dense_decode: of moba with a cache: up to 8 queries read all keys, as its
+      authors' code decodes. By default they read the blocks that they choose,
+      as they did in training.
 
   Raises:
     ValueError: sizes or settings that don't fit, at construction.
@@ -77,6 +95,8 @@ class Attention(nn.Module):
   qkv_bias: bool = False
   out_bias: bool = False
   qk_norm: Callable[..., nn.Module] | None = None
+  kconv: int | None = None
+  dense_decode: bool = False
 
   def __post_init__(self):
     check_heads(self.num_heads, self.num_kv_heads)
@@ -89,6 +109,16 @@ class Attention(nn.Module):
       raise ValueError(f"softcap is {self.softcap}; it must be above 0")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout is {self.dropout}, not in [0, 1)")
+    if self.kconv is not None and self.kconv < 1:
+      raise ValueError(f"kconv is {self.kconv}; it is at least 1, or None")
+    check_moba(
+      self.attend,
+      dense_decode=self.dense_decode,
+      window=self.window,
+      softcap=self.softcap,
+      dropout=self.dropout or None,
+      sinks=self.sinks or None,
+    )
     super().__post_init__()
 
   @nn.compact
@@ -103,7 +133,7 @@ class Attention(nn.Module):
     segment_ids: Int[Array, "b t"] | None = None,
     kv_segment_ids: Int[Array, "b s"] | None = None,
     mask: Any = None,
-    cache: KVCache | None = None,
+    cache: LayerCache | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "b t m"], dict[str, Any]]:
     """Attends within x, to kv, or to a cache that x is first appended to.
@@ -120,7 +150,7 @@ class Attention(nn.Module):
       segment_ids: attention stays within equal ids; not with a cache.
       kv_segment_ids: ids of kv.
       mask: a `BlockMask`; with a cache, over all of its slots.
-      cache: keys and values of the past.
+      cache: keys and values of the past, from `init_cache`.
       train: applies dropout.
 
     Returns:
@@ -130,6 +160,7 @@ class Attention(nn.Module):
       ValueError: arguments that exclude each other.
     """
     _check_inputs(kv, kv_turn, positions, segment_ids, kv_segment_ids, cache)
+    self._check_call(kv, positions, mask, cache)
     (b, t, width), n, k = x.shape, self.num_heads, self.num_kv_heads
     d, dv = self.head_dim, self.value_dim or self.head_dim
     source = x if kv is None else kv
@@ -137,6 +168,14 @@ class Attention(nn.Module):
     q = dense(n * d, "q")(x).reshape(b, t, n, d)
     key = dense(k * d, "k")(source).reshape(b, -1, k, d)
     value = dense(k * dv, "v")(source).reshape(b, -1, k, dv)
+    if cache is not None and positions is None:
+      positions = (cache.length + jnp.arange(t, dtype=jnp.int32))[None]
+    if self.kconv is not None:
+      conv = KeyConv(self.kconv, self.param_dtype, name="k_conv")
+      past = {"segment_ids": segment_ids}
+      if cache is not None:
+        past = {"tail": cache.tail, "positions": positions}
+      key, conv_aux = conv(key, **past)
     if (norm := self.qk_norm) is not None:
       kind = {"param_dtype": self.param_dtype}
       q = norm(name="q_norm", **kind)(q).astype(q.dtype)
@@ -155,23 +194,70 @@ class Attention(nn.Module):
     if cache is None:
       if positions is not None:
         settings["q_positions"] = settings["kv_positions"] = positions[:, None]
-      o, aux = self.attend(q, key, value, **settings), {}
+      attend = self.attend
+      if segment_ids is None and (bound := bound_moba(attend)) is not None:
+        # There are no segments to count.
+        bound = {k: v for k, v in bound.items() if k != "max_segments"}
+        attend = functools.partial(moba, **bound)
+      o, aux = attend(q, key, value, **settings), {}
     else:
-      if positions is None:
-        positions = (cache.length + jnp.arange(t, dtype=jnp.int32))[None]
-      cache = cache.append(key, value, positions=positions)
-      o, aux = self._read(q, cache, positions, settings), {"cache": cache}
+      inner = cache if self.kconv is None else cache.cache
+      inner = inner.append(key, value, positions=positions)
+      o = self._read(q, inner, positions, settings)
+      if self.kconv is not None:
+        cache = KeyConvCache(inner, conv_aux["tail"])
+      else:
+        cache = inner
+      aux = {"cache": cache}
     o = o.reshape(b, t, n * dv)
     out = self._dense(width, "o", use_bias=self.out_bias, scale=self.out_scale)
     return out(o), aux
 
+  def _check_call(self, kv, positions, mask, cache) -> None:
+    """Refuses what moba or a convolution of keys can't do."""
+    blocks = bound_moba(self.attend)
+    kinds = {"moba": blocks is not None, "kconv": self.kconv is not None}
+    for name in (name for name, there in kinds.items() if there):
+      if kv is not None:
+        raise ValueError(f"{name} is of a row's own keys; kv is given")
+      if cache is None and positions is not None:
+        raise ValueError(
+          f"{name} takes tokens as they stand; positions need a cache"
+        )
+    if blocks is not None and mask is not None:
+      raise ValueError("moba has no mask: queries choose; mask is given")
+    if blocks is not None and cache is not None and not self.causal:
+      raise ValueError("moba reads a cache causally; causal is False")
+    if cache is not None:
+      block = None if blocks is None else blocks["block"]
+      check_cache(cache, block=block, kconv=self.kconv)
+
+  def init_cache(
+    self, *, batch: int, capacity: int, dtype: Any = None
+  ) -> LayerCache:
+    """An empty cache of this layer; by default in the compute dtype.
+
+    A `KVCache`, for moba a `MobaCache`, with `kconv` a `KeyConvCache` of it.
+    """
+    return init_cache(
+      batch=batch,
+      capacity=capacity,
+      num_kv_heads=self.num_kv_heads,
+      head_dim=self.head_dim,
+      value_dim=self.value_dim,
+      dtype=self.dtype if dtype is None else dtype,
+      block=(bound_moba(self.attend) or {}).get("block"),
+      kconv=self.kconv,
+    )
+
   def _read(self, q, cache, positions, settings):
     """Attention to the cache."""
-    attend, bound = self.attend, {}
-    if isinstance(attend, functools.partial) and not attend.args:
-      attend, bound = attend.func, attend.keywords
-    given = {**bound, **settings}
-    if attend is attention and q.shape[1] <= FEW and given.keys() <= _DECODE:
+    func, bound = parts(self.attend)
+    given, few = {**bound, **settings}, q.shape[1] <= FEW
+    if isinstance(cache, MobaCache):
+      dense = few and self.dense_decode
+      return read_blocks(q, cache, positions, given, few=few, dense=dense)
+    if func is attention and few and given.keys() <= _DECODE:
       return decode(q, cache, positions=positions, **given)
     return self.attend(
       q,
