@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isthmus.attention.block_mask import BlockMask
+from isthmus.attention.gradient import attention_gradient
 from isthmus.attention.sdpa import attention
 from isthmus.attention.zigzag import Layout, chunks, spread
 from isthmus.pallas.flash.predicate import Positions, Range, Segments
@@ -117,7 +118,8 @@ def attend(
 
   def call(form, q, k, v, who, blocks):
     parts = q[:, form.rows :], k[:, : form.keys], v[:, : form.keys]
-    o, lse = _call(setting, form, who, ranks, blocks)(*parts)
+    extra = _settings(setting, form, who, ranks, blocks, *parts[:2])
+    o, lse = attention(*parts, return_lse=True, **extra)
     return _pad(o, form.rows), _pad(lse, form.rows, 2, -jnp.inf)
 
   def nothing(q, k, v, who, blocks):
@@ -148,7 +150,7 @@ def pull(
   """What a pair adds to the gradients of its queries, keys and values.
 
   With the lse over all keys, `P = exp(x - lse)`, `dX = P (do . v - delta)`,
-  and the sums over pairs are the gradients.
+  and the sums over pairs are the gradients. No pair is computed again.
 
   Args:
     setting, q, k, v, who, ranks, blocks, same: as in `attend`.
@@ -174,8 +176,8 @@ def pull(
     parts = q[:, first:], k[:, :last], v[:, :last]
     do, lse, delta = back
     mine = do[:, first:], lse[..., first:], delta[..., first:]
-    run = _call(setting, form, who, ranks, blocks)
-    dq, dk, dv = joint(run, *parts, *mine)
+    extra = _settings(setting, form, who, ranks, blocks, *parts[:2])
+    dq, dk, dv = attention_gradient(*parts, *mine, **extra)
     short = k.shape[1] - dk.shape[1]
     return _pad(dq, first), _pad(dk, 0, end=short), _pad(dv, 0, end=short)
 
@@ -184,44 +186,6 @@ def pull(
 
   run = _switch(setting, q, k, who, ranks, blocks, same)
   return run(call, nothing, q, k, v, back, who, blocks)
-
-
-def joint(
-  call: Any,
-  q: Float[Array, "b t n d"],
-  k: Float[Array, "b s k d"],
-  v: Float[Array, "b s k dv"],
-  do: Float[Array, "b t n dv"],
-  lse: Float[Array, "b n t"],
-  delta: Float[Array, "b n t"],
-) -> tuple[Any, Any, Any]:
-  """Gradients through some keys, by a call that knows these only.
-
-  With `w = exp(lse' - lse)` of the call's own (o', lse'), the cotangents
-  `w do` and `rowsum(w do o') - w delta` make its `P' (dP - delta')` the joint
-  `P (dP - delta)`. Rows that see nothing of the whole pass nothing on.
-
-  Args:
-    call: (q, k, v) to (o', lse'), differentiable.
-    q, k, v: its arguments.
-    do, lse, delta: as in `pull`.
-
-  Example:
-    >>> x = jnp.ones((1, 2, 1, 4))
-    >>> call = lambda q, k, v: attention(q, k, v, return_lse=True)
-    >>> o, lse = call(x, x, x)
-    >>> dq, dk, dv = joint(call, x, x, x, x, lse, jnp.full((1, 1, 2), 4.0))
-    >>> dv[0, :, 0, 0].tolist()
-    [1.0, 1.0]
-  """
-  (o, own), back = jax.vjp(call, q, k, v)
-  empty = jnp.isneginf(own)
-  w = jnp.where(empty, 0, jnp.exp(own - jnp.where(empty, 0, lse)))
-  rows = jnp.swapaxes(w, 1, 2)[..., None]
-  do = jnp.where(rows == 0, 0, do * rows).astype(o.dtype)
-  inner = jnp.sum(do.astype(w.dtype) * o.astype(w.dtype), axis=-1)
-  dlse = jnp.swapaxes(inner, 1, 2) - jnp.where(w == 0, 0, w * delta)
-  return back((do, dlse))
 
 
 def _switch(setting, q, k, who, ranks, blocks, same):
@@ -316,40 +280,27 @@ def _own_blocks(setting, blocks, ranks, q, k):
   return blocks
 
 
-def _call(setting, form, who, ranks, blocks):
-  """`attention` of a form, of (q, k, v)."""
-
-  def run(q, k, v):
-    extra: dict[str, Any] = {}
-    ids, kv_ids = who[0].ids, who[1].ids
-    if ids is not None:
-      extra["segment_ids"] = ids[:, form.rows :]
-      extra["kv_segment_ids"] = kv_ids[:, : form.keys]
-    if form.kind != "all":
-      extra |= {"causal": setting.causal, "window": setting.window}
-    if form.kind == "placed" and (
-      setting.banded or who[1].positions is not None
-    ):
-      q_places, k_places = _places(
-        setting, who, ranks, (q.shape[1], k.shape[1])
-      )
-      extra["q_positions"] = q_places[:, None]
-      extra["kv_positions"] = k_places[:, None]
-    if blocks is not None:
-      mine = _own_blocks(setting, blocks, ranks, q, k)
-      extra["mask"] = BlockMask.from_blocks(mine, block=setting.block)
-    return attention(
-      q,
-      k,
-      v,
-      scale=setting.scale,
-      softcap=setting.softcap,
-      impl=setting.impl,
-      return_lse=True,
-      **extra,
-    )
-
-  return run
+def _settings(setting, form, who, ranks, blocks, q, k):
+  """The arguments of `attention` for a form, besides q, k and v."""
+  extra: dict[str, Any] = {}
+  ids, kv_ids = who[0].ids, who[1].ids
+  if ids is not None:
+    extra["segment_ids"] = ids[:, form.rows :]
+    extra["kv_segment_ids"] = kv_ids[:, : form.keys]
+  if form.kind != "all":
+    extra |= {"causal": setting.causal, "window": setting.window}
+  if form.kind == "placed" and (setting.banded or who[1].positions is not None):
+    q_places, k_places = _places(setting, who, ranks, (q.shape[1], k.shape[1]))
+    extra["q_positions"] = q_places[:, None]
+    extra["kv_positions"] = k_places[:, None]
+  if blocks is not None:
+    mine = _own_blocks(setting, blocks, ranks, q, k)
+    extra["mask"] = BlockMask.from_blocks(mine, block=setting.block)
+  return extra | {
+    "scale": setting.scale,
+    "softcap": setting.softcap,
+    "impl": setting.impl,
+  }
 
 
 def _pad(x, start, axis=1, value=0, end=0):

@@ -34,6 +34,7 @@ from isthmus.attention.pair import Setting, Tokens
 from isthmus.attention.rotation import BACKWARD, FORWARD
 from isthmus.attention.schedule import SCHEDULES, choose_schedule
 from isthmus.attention.zigzag import spread
+from isthmus.pallas.flash.joint import delta
 from isthmus.pallas.flash.lists import overflowed
 from isthmus.pallas.flash.ref import LSE, OUT
 
@@ -198,10 +199,7 @@ def _backward(setting, residuals, cotangents):
   q, k, v, extra, o, lse = residuals
   do, dlse = cotangents
   rank = jax.lax.axis_index(setting.axis)
-  inner = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), axis=-1)
-  # A row without keys passes nothing on, whatever its cotangents hold.
-  delta = jnp.where(jnp.isneginf(lse), 0, jnp.swapaxes(inner, 1, 2) - dlse)
-  back = (do, lse, delta)
+  back = (do, lse, delta(o, lse, do, dlse))
   grads = BACKWARD[setting.schedule](setting, rank, q, k, v, back, extra)
   grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
   return *grads, None

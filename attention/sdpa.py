@@ -97,7 +97,7 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (1, 4, 2, 8)
   """
-  options, extras = _prepare(
+  options, extras = prepare(
     q,
     k,
     v,
@@ -151,12 +151,12 @@ def explain(q: Any, k: Any, v: Any, *, impl=None, **kwargs: Any) -> list[Row]:
   arrays = {name: kwargs.pop(name, None) for name in _ARRAYS}
   found = []
 
-  def prepare(q, k, v, arrays):
-    options, extras = _prepare(q, k, v, **arrays, **kwargs)
+  def checked(q, k, v, arrays):
+    options, extras = prepare(q, k, v, **arrays, **kwargs)
     found.append(options)
     return extras
 
-  extras = jax.eval_shape(prepare, q, k, v, arrays)
+  extras = jax.eval_shape(checked, q, k, v, arrays)
   choose(q.shape[0], q.shape[2], k.shape[2], shard_axes)
   (options,) = found
   return OP.explain(q, k, v, extras, options=options, impl=impl, case=case)
@@ -210,10 +210,10 @@ _ARRAYS = (
 )
 
 
-def _prepare(
-  q,
-  k,
-  v,
+def prepare(
+  q: Any,
+  k: Any,
+  v: Any,
   *,
   causal=False,
   window=None,
@@ -229,7 +229,23 @@ def _prepare(
   dropout_key=None,
   return_lse=False,
 ) -> tuple[Options, Extras]:
-  """The checked arguments; every refusal that no implementation lifts."""
+  """The checked arguments of `attention`, as its implementations take them.
+
+  Args:
+    q, k, v: arrays, or `jax.ShapeDtypeStruct`s.
+    causal, window, mask, segment_ids, kv_segment_ids, q_positions,
+      kv_positions, scale, softcap, sinks, dropout_rate, dropout_key,
+      return_lse: of `attention`.
+
+  Raises:
+    ValueError: every refusal that no implementation lifts.
+
+  Example:
+    >>> x = jnp.ones((1, 4, 2, 16))
+    >>> options, extras = prepare(x, x, x, causal=True)
+    >>> options.scale, options.predicate
+    (0.25, Band(left=None, right=0, offset=0))
+  """
   check_shapes(q, k, v)
   (b, t, n, d), s, heads = q.shape, k.shape[1], k.shape[2]
   if softcap is not None and not softcap > 0:
@@ -364,8 +380,8 @@ def _check_mask(mask, b, t, n, s, heads) -> None:
       check_extra(f"the mask's {name} operand", x, sizes)
 
 
-def _implementation(name: str, module: str) -> Impl:
-  """`attend` and `refuse` of a module that is imported when first asked."""
+def _implementation(name: str, module: str, function: str = "attend") -> Impl:
+  """A function and `refuse` of a module that is imported when first asked."""
 
   def load():
     try:
@@ -375,32 +391,44 @@ def _implementation(name: str, module: str) -> Impl:
         f"{name}: {module} can't be imported: {error}"
       ) from error
 
-  def run(q, k, v, extras, *, options):
-    o, lse = load().attend(q, k, v, extras, options=options)
-    return (o, lse) if options.return_lse else o
+  def run(q, k, v, extras, *back, options):
+    found = getattr(load(), function)(q, k, v, extras, *back, options=options)
+    return found if back or options.return_lse else found[0]
 
-  def refuse(q, k, v, extras, *, options):
+  def refuse(q, k, v, extras, *_, options):
     try:
-      ask = getattr(load(), "refuse", None)
+      found = load()
     except NotImplementedError as error:
       return str(error)
+    if not hasattr(found, function):
+      return f"it has no {function} pass of its own"
+    ask = getattr(found, "refuse", None)
     return None if ask is None else ask(q, k, v, extras, options=options)
 
   return Impl(name, run, refuse)
 
 
+_MODULES = {
+  "mosaic": "isthmus.pallas.flash.mosaic",
+  "cudnn": "isthmus.pallas.flash.cudnn",
+  "chunked": "isthmus.pallas.flash.chunked",
+  "xla": "isthmus.pallas.flash.ref",
+}
+_ORDER = {
+  "gpu": ("mosaic", "cudnn", "chunked"),
+  "cpu": ("chunked",),
+  "tpu": ("chunked",),
+}
+
 #: `attention` behind its checks; `explain` reads its table.
 OP = Op(
-  "attention",
-  (
-    _implementation("mosaic", "isthmus.pallas.flash.mosaic"),
-    _implementation("cudnn", "isthmus.pallas.flash.cudnn"),
-    _implementation("chunked", "isthmus.pallas.flash.chunked"),
-    _implementation("xla", "isthmus.pallas.flash.ref"),
-  ),
-  {
-    "gpu": ("mosaic", "cudnn", "chunked"),
-    "cpu": ("chunked",),
-    "tpu": ("chunked",),
-  },
+  "attention", tuple(_implementation(*row) for row in _MODULES.items()), _ORDER
+)
+
+#: Its backward pass by a joint lse, see `isthmus.attention.gradient`: the same
+#: table, so that who computed a part also takes its gradients.
+BACKWARD = Op(
+  "attention's backward pass",
+  tuple(_implementation(*row, "backward") for row in _MODULES.items()),
+  _ORDER,
 )

@@ -113,6 +113,7 @@ def sharded(
   *,
   sizes: tuple[int, int, int],
   shard_axes: Any = None,
+  seq: str | None = None,
 ) -> Any:
   """`function(*arrays)`, run by every device on its rows and heads.
 
@@ -121,11 +122,12 @@ def sharded(
       depend on the others.
     arrays: pytrees.
     labels: a prefix of that tree; each leaf spells an array's first axes: `b`
-      batch, `n` query heads, `k` kv heads, `.` any other. An axis of size 1 is
-      copied.
+      batch, `n` query heads, `k` kv heads, `t` tokens, `.` any other. An axis
+      of size 1 is copied.
     out: the same for what is returned.
     sizes: (batch rows, query heads, kv heads).
     shard_axes: see `choose`; where it divides nothing, this is the plain call.
+    seq: the axis that divides tokens too; `function` is to know of it.
 
   Example:
     >>> def scale(x, factor):
@@ -136,14 +138,14 @@ def sharded(
   """
   checked = any(_varying(x) for x in jax.tree.leaves(arrays))
   axes = choose(*sizes, shard_axes, checked=checked)
-  if not (axes.rows or axes.heads):
+  if not (axes.rows or axes.heads or seq):
     return function(*_alike(arrays))
   mesh, k = jax.sharding.get_abstract_mesh(), sizes[2]
   across = math.prod(mesh.shape[name] for name in axes.heads)
   # Where there are fewer kv heads than devices, each picks the one it reads.
   few = k % across != 0
   names = {"b": axes.rows, "n": axes.heads, "k": () if few else axes.heads}
-  names["."] = ()
+  names |= {".": (), "t": () if seq is None else (seq,)}
   labels = jax.tree.broadcast(labels, arrays)
 
   def spec(x, label):
@@ -169,7 +171,7 @@ def sharded(
   left = {
     name
     for name, size in mesh.shape.items()
-    if size > 1 and name not in (*axes.rows, *axes.heads)
+    if size > 1 and name not in (*axes.rows, *axes.heads, seq)
   }
   call = jax.shard_map(
     local,
@@ -197,14 +199,15 @@ def attend_sharded(
   v: Float[Array, "b s k dv"],
   extras: Extras,
   *,
+  rows: tuple[Float[Array, "b n t"], ...] = (),
   shard_axes: Any = None,
   out: Any = ("b.n", "bn"),
 ) -> Any:
-  """`function(q, k, v, extras)`, divided over the current mesh.
+  """`function(q, k, v, extras, *rows)`, divided over the current mesh.
 
   Args:
     function: an implementation of attention, its options bound.
-    q, k, v, extras: its arguments.
+    q, k, v, extras, rows: its arguments.
     shard_axes: see `choose`.
     out: labels of what it returns, as in `sharded`; by default (o, lse).
 
@@ -222,11 +225,11 @@ def attend_sharded(
     indices = tuple(jnp.arange(size, dtype=jnp.int32) for size in (b, n))
     extras = extras._replace(first=indices)
 
-  def local(q, k, v, extras):
+  def local(q, k, v, extras, *rest):
     if extras.first is not None:
-      rows, heads = extras.first
-      extras = extras._replace(first=jnp.stack([rows[0], heads[0]]))
-    return function(q, k, v, extras)
+      first = jnp.stack([x[0] for x in extras.first])
+      extras = extras._replace(first=first)
+    return function(q, k, v, extras, *rest)
 
   like = Extras(
     lists="bn",
@@ -238,8 +241,8 @@ def attend_sharded(
   )
   return sharded(
     local,
-    (q, k, v, extras),
-    ("b.n", "b.k", "b.k", like),
+    (q, k, v, extras, *rows),
+    ("b.n", "b.k", "b.k", like, *["bn"] * len(rows)),
     out,
     sizes=(b, n, heads),
     shard_axes=shard_axes,

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from isthmus.pallas.dispatch import platform
-from isthmus.pallas.flash import dropout, ref
+from isthmus.pallas.flash import dropout, joint, ref
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.hops import hops
 from isthmus.pallas.flash.lists import overflowed
@@ -66,6 +66,40 @@ def attend(
   return _attend(options, chunk, q, k, v, sinks, rest)
 
 
+def backward(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  extras: Extras,
+  do: Float[Array, "b t n dv"],
+  lse: Float[Array, "b n t"],
+  delta: Float[Array, "b n t"],
+  *,
+  options: Options,
+  chunk: tuple[int, int] | None = None,
+) -> tuple[
+  Float[Array, "b t n d"], Float[Array, "b s k d"], Float[Array, "b s k dv"]
+]:
+  """(dq, dk, dv) through these keys, see `isthmus.pallas.flash.ref`.
+
+  Args:
+    q, k, v, extras, options, chunk: as in `attend`; sinks are in the lse.
+    do, lse, delta: of all keys, see `isthmus.pallas.flash.ref.backward`.
+
+  Example:
+    >>> q = k = v = jnp.ones((1, 2048, 1, 8))
+    >>> o, lse = attend(q, k, v, Extras(), options=Options())
+    >>> rest = (o, lse, joint.delta(o, lse, o, jnp.zeros_like(lse)))
+    >>> grads = backward(q, k, v, Extras(), *rest, options=Options())
+    >>> [x.shape for x in grads]
+    [(1, 2048, 1, 8), (1, 2048, 1, 8), (1, 2048, 1, 8)]
+  """
+  chunk = chunk or CHUNK.get(platform(), CHUNK["gpu"])
+  if q.shape[1] * k.shape[1] <= chunk[0] * chunk[1]:
+    return ref.backward(q, k, v, extras, do, lse, delta, options=options)
+  return _walk_back(options, chunk, q, k, v, extras, do, lse, delta)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(options, chunk, q, k, v, sinks, extras):
   return _walk(options, chunk, q, k, v, sinks, extras)
@@ -78,7 +112,11 @@ def _forward(options, chunk, q, k, v, sinks, extras):
 
 
 def _backward(options, chunk, residuals, cotangents):
-  return *_walk_back(options, chunk, residuals, cotangents), None
+  q, k, v, sinks, extras, o, lse = residuals
+  do, dlse = cotangents
+  delta = joint.delta(o, lse, do, dlse)
+  grads = _walk_back(options, chunk, q, k, v, extras, do, lse, delta)
+  return *grads, joint.sinks_back(sinks, lse, delta), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -131,26 +169,19 @@ def _walk(options, chunk, q, k, v, sinks, extras):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _walk_back(options, chunk, residuals, cotangents):
-  """`dX = P (dP - Delta)` with `Delta = rowsum(do o) - dlse`."""
-  q, k, v, sinks, extras, o, lse = residuals
-  do, dlse = cotangents
-  t, heads, acc = q.shape[1], k.shape[2], lse.dtype
+def _walk_back(options, chunk, q, k, v, extras, do, lse, delta):
+  t, acc = q.shape[1], lse.dtype
   walk = hops(options, extras, q, k, v, chunk)
   strays = may_miss(options, extras, t, k.shape[1])
-  dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
-  top = jnp.where(jnp.isneginf(lse), 0.0, lse)
-  inner = jnp.sum(do.astype(acc) * o.astype(acc), axis=-1).swapaxes(1, 2)
 
   def block(carry, xs):
-    here, q, do, top, inner, dlse = xs
-    seen = _full(q, top.shape, False, bool)
+    here, q, do, top, delta = xs
     dq = _full(q, q.shape, 0, acc)
 
     def step(carry, hop):
-      dq, seen, dk, dv = carry
+      dq, dk, dv = carry
       k, v = _clean(hop, strays)
-      rows, g, y, z = None, inner - dlse, q, do
+      g, y, z = delta, q, do
       if strays and hop.mask is not None:
         # A row that sees none of these passes nothing on, whatever it holds.
         rows = jnp.any(hop.mask, axis=-1)
@@ -169,34 +200,20 @@ def _walk_back(options, chunk, residuals, cotangents):
       dq = dq + _lanes(_values, dx, k)
       dk = hop.add(dk, _to_keys(dx, y, k.shape[2]))
       dv = hop.add(dv, _to_keys(kept, z, k.shape[2]))
-      return dq, seen | (True if rows is None else rows), dk, dv
+      return dq, dk, dv
 
-    dk, dv, dsinks = carry
-    dq, seen, dk, dv = walk.loop(step, (dq, seen, dk, dv), here)
-    if sinks is not None:
-      b, k, g, c = top.shape
-      share = jnp.exp(sinks.astype(acc).reshape(1, k, g, 1) - top)
-      # Rows past the end count for nothing.
-      real = here.index * c + jnp.arange(c) < t
-      delta = jnp.where(seen, inner, 0.0) - dlse
-      dsinks = dsinks - jnp.sum(jnp.where(real, share * delta, 0), (0, 3))
-    return (dk, dv, dsinks), dq.astype(q.dtype)
+    dq, *carry = walk.loop(step, (dq, *carry), here)
+    return tuple(carry), dq.astype(q.dtype)
 
-  carry = (
-    walk.zeros(k, acc),
-    walk.zeros(v, acc),
-    _full(q, (heads, q.shape[2] // heads), 0, acc),
-  )
-  xs = (walk.queries(q), walk.queries(do), *map(walk.split, (top, inner, dlse)))
-  (dk, dv, dsinks), dq = jax.lax.scan(block, carry, (walk.blocks, *xs))
+  carry = (walk.zeros(k, acc), walk.zeros(v, acc))
+  rows = map(walk.split, (joint.weightless(lse), delta))
+  xs = (walk.queries(q), walk.queries(do), *rows)
+  (dk, dv), dq = jax.lax.scan(block, carry, (walk.blocks, *xs))
   dq = walk.time_first(dq)
   if extras.lists is not None:
     lost = _lost(extras.lists, t, lse.shape)
     dq = jnp.where(jnp.swapaxes(lost, 1, 2)[..., None], jnp.nan, dq)
-  dk, dv = walk.keys_back(dk, k), walk.keys_back(dv, v)
-  if sinks is not None:
-    dsinks = dsinks.reshape(sinks.shape).astype(sinks.dtype)
-  return dq, dk, dv, dsinks if sinks is not None else None
+  return dq, walk.keys_back(dk, k), walk.keys_back(dv, v)
 
 
 def _full(like, shape, value, dtype):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from isthmus.pallas.compat import has_mosaic, interpreting
 from isthmus.pallas.dispatch import platform
+from isthmus.pallas.flash import joint
 from isthmus.pallas.flash import lists as listing
 from isthmus.pallas.flash import plan as planning
 from isthmus.pallas.flash.api import Extras, Options
@@ -46,13 +47,67 @@ def attend(
     [(1, 130, 2, 40), (1, 2, 130)]
   """
   value_width = v.shape[3]
-  width, wide = _width(q.shape[3]), _width(value_width)
-  if max(width, wide) > 128:  # one buffer serves queries, then outputs
-    width = wide = max(width, wide)
+  width, wide = _widths(q, v)
   q, k, v = _widen(q, width), _widen(k, width), _widen(v, wide)
   sinks, rest = extras.sinks, extras._replace(sinks=None)
   o, lse = _attend(options, q, k, v, sinks, rest)
   return o[..., :value_width], lse
+
+
+def backward(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  extras: Extras,
+  do: Float[Array, "b t n dv"],
+  lse: Float[Array, "b n t"],
+  delta: Float[Array, "b n t"],
+  *,
+  options: Options,
+) -> tuple[
+  Float[Array, "b t n d"], Float[Array, "b s k d"], Float[Array, "b s k dv"]
+]:
+  """(dq, dk, dv) through these keys, see `isthmus.pallas.flash.ref.backward`.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((1, 130, 2, 40), jnp.bfloat16)
+    >>> rows = jax.ShapeDtypeStruct((1, 2, 130), jnp.float32)
+    >>> run = lambda x, rows: backward(
+    ...   x, x, x, Extras(), x, rows, rows, options=Options()
+    ... )
+    >>> [y.shape for y in jax.eval_shape(run, x, rows)]
+    [(1, 130, 2, 40), (1, 130, 2, 40), (1, 130, 2, 40)]
+  """
+  from isthmus.pallas.flash.configs import configs
+  from isthmus.pallas.flash.mosaic_backward import (
+    backward_keys,
+    backward_queries,
+  )
+
+  (t, _, d), (s, _, value_width) = q.shape[1:], v.shape[1:]
+  width, wide = _widths(q, v)
+  q, k, v, do = (
+    _widen(x, size)
+    for x, size in ((q, width), (k, width), (v, wide), (do, wide))
+  )
+  config = configs(width, wide)
+  k, v = _clean_keys(options, q, k, v, extras)
+  if may_miss(options, extras, t, s):
+    # A row without keys passes nothing on, whatever it and do hold.
+    rows = jnp.swapaxes(jnp.isneginf(lse), 1, 2)[..., None]
+    q, do = jnp.where(rows, 0, q), jnp.where(rows, 0, do)
+  short = [(0, 0), (0, 0), (0, -t % BLOCK)]
+  lse2 = jnp.pad(joint.weightless(lse) * _LOG2E, short, constant_values=jnp.inf)
+  plan = _plan(options, q, k, extras, None)
+  turned = _transposed(plan, k.shape[2])
+  arrays = (*(_even(x) for x in (q, k, v, do)), lse2, jnp.pad(delta, short))
+  dq = backward_queries(*arrays, plan, options, config.queries)
+  keys = functools.partial(backward_keys, *arrays, turned, options, config.keys)
+  if width > 128:
+    (dk,), (dv,) = keys(wanted=("dk",)), keys(wanted=("dv",))
+  else:
+    dk, dv = keys()
+  return dq[:, :t, :, :d], dk[:, :s, :, :d], dv[:, :s, :, :value_width]
 
 
 def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
@@ -135,43 +190,11 @@ def _forward(options, q, k, v, sinks, extras):
 
 
 def _backward(options, residuals, cotangents):
-  from isthmus.pallas.flash.configs import configs
-  from isthmus.pallas.flash.mosaic_backward import (
-    backward_keys,
-    backward_queries,
-  )
-
   q, k, v, sinks, extras, o, lse = residuals
   do, dlse = cotangents
-  t, config = q.shape[1], configs(q.shape[3], v.shape[3])
-  k, v = _clean_keys(options, q, k, v, extras)
-  empty = jnp.isneginf(lse)
-  rows = jnp.swapaxes(empty, 1, 2)[..., None]
-  if may_miss(options, extras, t, k.shape[1]):
-    # A row without keys passes nothing on, whatever it and do hold.
-    q, do = jnp.where(rows, 0, q), jnp.where(rows, 0, do)
-  delta = jnp.einsum(
-    "btnd,btnd->bnt", *(x.astype(jnp.float32) for x in (do, o))
-  )
-  delta = delta - jnp.where(empty, 0.0, dlse)
-  short = [(0, 0), (0, 0), (0, -t % BLOCK)]
-  lse2 = jnp.where(empty, jnp.inf, lse * _LOG2E)
-  lse2 = jnp.pad(lse2, short, constant_values=jnp.inf)
-  plan = _plan(options, q, k, extras, None)
-  turned = _transposed(plan, k.shape[2])
-  arrays = (*(_even(x) for x in (q, k, v, do)), lse2, jnp.pad(delta, short))
-  dq = backward_queries(*arrays, plan, options, config.queries)
-  keys = functools.partial(backward_keys, *arrays, turned, options, config.keys)
-  if q.shape[3] > 128:
-    (dk,), (dv,) = keys(wanted=("dk",)), keys(wanted=("dv",))
-  else:
-    dk, dv = keys()
-  dq, dk, dv = dq[:, :t], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
-  dsinks = None
-  if sinks is not None:
-    share = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
-    dsinks = -jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype)
-  return dq, dk, dv, dsinks, None
+  delta = joint.delta(o, lse, do, dlse)
+  grads = backward(q, k, v, extras, do, lse, delta, options=options)
+  return *grads, joint.sinks_back(sinks, lse, delta), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -274,6 +297,14 @@ def _even(x):
 
 def _width(width: int) -> int:
   return next(x for x in WIDTHS if x >= width)
+
+
+def _widths(q, v):
+  """Of the kernels: queries' and values'."""
+  width, wide = _width(q.shape[3]), _width(v.shape[3])
+  if max(width, wide) > 128:  # one buffer serves queries, then outputs
+    width = wide = max(width, wide)
+  return width, wide
 
 
 def _widen(x, width):

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Shaped
 
 from isthmus.pallas.dispatch import platform
-from isthmus.pallas.flash import dropout
+from isthmus.pallas.flash import dropout, joint
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.lists import Lists, overflowed, to_blocks
 from isthmus.pallas.flash.predicate import Band
@@ -47,6 +47,67 @@ def attend(
   """
   sinks, rest = extras.sinks, extras._replace(sinks=None)
   return _attend(options, q, k, v, sinks, rest)
+
+
+def backward(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  extras: Extras,
+  do: Float[Array, "b t n dv"],
+  lse: Float[Array, "b n t"],
+  delta: Float[Array, "b n t"],
+  *,
+  options: Options,
+) -> tuple[
+  Float[Array, "b t n d"], Float[Array, "b s k d"], Float[Array, "b s k dv"]
+]:
+  """(dq, dk, dv) through these keys, of queries that may see others too.
+
+  `P = exp(x - lse)`, `dX = P (do . v - delta)`: with the lse over all keys,
+  these are the shares that the keys at hand have in the gradients. Rows that
+  see none of them have none.
+
+  Args:
+    q, k, v, extras, options: of `attend`; sinks are in the lse already.
+    do: the cotangent of o.
+    lse: over all keys, and the sinks if there are any.
+    delta: of the same, see `isthmus.pallas.flash.joint`.
+
+  Example:
+    >>> q = k = v = jnp.ones((1, 4, 2, 8))
+    >>> o, lse = attend(q, k, v, Extras(), options=Options())
+    >>> rest = (o, lse, joint.delta(o, lse, o, jnp.zeros_like(lse)))
+    >>> dq, dk, dv = backward(q, k, v, Extras(), *rest, options=Options())
+    >>> dv[0, :, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+  """
+  mask, _ = _mask(options, q, k, extras)
+  t, dtype = q.shape[1], q.dtype
+  strays = may_miss(options, extras, t, k.shape[1])
+  q, k, v = _heads_first(q, k, v)
+  do = _rows_first(do, k.shape[1])
+  if strays:
+    q, k, v = _clean(mask, q, k, v)
+    # A row without keys passes nothing on, whatever its cotangents hold.
+    do = jnp.where(_to_rows(jnp.any(mask, axis=-1), q), do, 0)
+  x, slope = _logits(options, q, k, mask, t)
+  top = joint.weightless(lse).reshape(x.shape[:-1])
+  delta = delta.reshape(x.shape[:-1])
+  p = jnp.exp(x - top[..., None])
+  square = (*q.shape[:3], x.shape[-1])
+  kept = _drop(options, p, extras).astype(dtype)
+  dv = exact_dot("bkrs,bkrd->bksd", kept.reshape(square), do)
+  dp = exact_dot("bkrd,bksd->bkrs", do, v).reshape(x.shape)
+  dp = _drop(options, dp, extras)
+  dx = p * (dp - delta[..., None]) * options.scale
+  if slope is not None:
+    dx = dx * slope
+  dx = dx.astype(dtype).reshape(square)
+  dq = exact_dot("bkrs,bksd->bkrd", dx, k).astype(dtype)
+  dk = exact_dot("bkrs,bkrd->bksd", dx, q).astype(dtype)
+  dk, dv = (jnp.swapaxes(y.astype(dtype), 1, 2) for y in (dk, dv))
+  return _time_first(dq, t), dk, dv
 
 
 def may_miss(options: Options, extras: Extras, t: int, s: int) -> bool:
@@ -111,45 +172,11 @@ def _forward(options, q, k, v, sinks, extras):
 
 
 def _backward(options, residuals, cotangents):
-  """`dX = P (dP - Delta)` with `Delta = rowsum(do o) - dlse`."""
   q, k, v, sinks, extras, o, lse = residuals
   do, dlse = cotangents
-  mask, _ = _mask(options, q, k, extras)
-  t, dtype, acc = q.shape[1], q.dtype, lse.dtype
-  strays = may_miss(options, extras, t, k.shape[1])
-  q, k, v = _heads_first(q, k, v)
-  do, o = (_rows_first(x, k.shape[1]) for x in (do, o))
-  if strays:
-    q, k, v = _clean(mask, q, k, v)
-    # A row without keys passes nothing on, whatever its cotangents hold.
-    do = jnp.where(_to_rows(jnp.any(mask, axis=-1), q), do, 0)
-  dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
-  top = jnp.where(jnp.isneginf(lse), 0.0, lse)
-
-  x, slope = _logits(options, q, k, mask, t)
-  top, dlse = (y.reshape(x.shape[:-1]) for y in (top, dlse))
-  p = jnp.exp(x - top[..., None])
-  delta = jnp.sum(do.astype(acc) * o.astype(acc), axis=-1)
-  delta = delta.reshape(x.shape[:-1]) - dlse
-  square = (*q.shape[:3], x.shape[-1])
-  kept = _drop(options, p, extras).astype(dtype)
-  dv = exact_dot("bkrs,bkrd->bksd", kept.reshape(square), do)
-  dp = exact_dot("bkrd,bksd->bkrs", do, v).reshape(x.shape)
-  dp = _drop(options, dp, extras)
-  dx = p * (dp - delta[..., None]) * options.scale
-  if slope is not None:
-    dx = dx * slope
-  dx = dx.astype(dtype).reshape(square)
-  dq = exact_dot("bkrs,bksd->bkrd", dx, k).astype(dtype)
-  dk = exact_dot("bkrs,bkrd->bksd", dx, q).astype(dtype)
-  dsinks = None
-  if sinks is not None:
-    share = jnp.exp(_per_row(sinks, top) - top)
-    dsinks = -jnp.sum(share * delta, axis=(0, 3))
-    dsinks = dsinks.reshape(sinks.shape).astype(sinks.dtype)
-  dq = _time_first(dq, t)
-  dk, dv = (jnp.swapaxes(y.astype(dtype), 1, 2) for y in (dk, dv))
-  return dq, dk, dv, dsinks, None
+  delta = joint.delta(o, lse, do, dlse)
+  grads = backward(q, k, v, extras, do, lse, delta, options=options)
+  return *grads, joint.sinks_back(sinks, lse, delta), None
 
 
 _attend.defvjp(_forward, _backward)

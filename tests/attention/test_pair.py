@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 
 from isthmus.attention.merge import merge
-from isthmus.attention.pair import Setting, Tokens, attend, joint, pull
-from isthmus.attention.sdpa import attention
+from isthmus.attention.pair import Setting, Tokens, attend, pull
 from isthmus.attention.zigzag import spread
 from tests.attention.oracle import by_hand, inputs
 
@@ -102,29 +102,18 @@ def test_without_conditions_there_is_no_branch():
   assert "cond[" not in str(text)
 
 
-def test_joint_gradients_of_two_parts():
-  """Each by its own keys and the joint lse; empty rows and NaN cotangents."""
-  q, k, v, do, dlse = inputs(1, 6, 8, 4, 2, 8)
-  mask = np.ones((6, 8), bool)
-  mask[2] = False
-  mask[3, :5] = False
-  (o, lse), want = by_hand((q, k, v), do, dlse, mask)
-  lse = jnp.asarray(lse, jnp.float32)
-  delta = jnp.sum(do * o, axis=-1).swapaxes(1, 2) - dlse
-  do = do.at[:, 2].set(jnp.nan)
-  found = []
-  for keys in (slice(0, 5), slice(5, 8)):
-    ids = jnp.asarray(mask[:, keys].any(1), jnp.int32)[None]
-    ones = jnp.ones((1, keys.stop - keys.start), jnp.int32)
+def test_gradients_hold_no_forward_pass():
+  """Five products of a pair, and one exponential; a forward has two more."""
+  q, k, v, do, dlse = inputs(1, 4, 4, 2, 2, 4)
+  setting = Setting("seq", 2, "kv_ring", "contiguous", causal=True)
+  who = Tokens(), Tokens()
 
-    def call(q, k, v, ids=ids, ones=ones):
-      ids = {"segment_ids": ids, "kv_segment_ids": ones}
-      return attention(q, k, v, return_lse=True, **ids)
+  def run(q, k, v, *back):
+    return pull(setting, q, k, v, back, who, (0, 0), same=True)
 
-    found.append(joint(call, q, k[:, keys], v[:, keys], do, lse, delta))
-  (dq, *one), (dq2, *two) = found
-  pairs = (np.concatenate(x, axis=1) for x in zip(one, two, strict=True))
-  near((dq + dq2, *pairs), want)
+  text = str(jax.make_jaxpr(run)(q, k, v, do, dlse, dlse))
+  assert text.count("dot_general[") == 5
+  assert len(re.findall(r"= exp\b", text)) == 1
 
 
 @pytest.mark.parametrize("window, masked", [(None, False), ((9, 0), True)])

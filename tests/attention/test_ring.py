@@ -369,6 +369,21 @@ def test_remat_that_keeps_attention_sends_nothing_again():
   assert count() == kept + 2 * 3
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_part_is_computed_again(schedule):
+  """Two products forward, five backward, for each pair or for the whole."""
+  q, k, v, *_ = inputs(1, 16, 16, 4, 4, 4)
+  call = divided(4, schedule=schedule)
+  count = 1 if schedule in ("all_gather", "ulysses") else 4
+
+  def dots(run):
+    return str(jax.make_jaxpr(run)(q, k, v)).count("dot_general[")
+
+  assert dots(call) == 2 * count
+  grad = jax.grad(lambda *x: call(*x)[0].sum(), argnums=(0, 1, 2))
+  assert dots(grad) == (2 + 5) * count
+
+
 def test_what_is_kept():
   """q, k, v, o and lse, each once."""
   q, k, v, *_ = inputs(1, 16, 16, 2, 2, 4)
