@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Int32
 from isthmus.attention.sdpa import check_extra, check_shapes
 from isthmus.attention.shard import sharded
 from isthmus.pallas.dispatch import Impl, Op
+from isthmus.pallas.moba import mosaic
 from isthmus.pallas.moba.api import Extras, Options
 from isthmus.pallas.moba.layout import BlockLayout, mark_lost, packed, uniform
 
@@ -70,8 +71,9 @@ def moba(
       whole segment, none being forced.
     scale: of the logits, default d ** -0.5.
     return_lse: also return the lse.
-    impl: implementation, see `isthmus.pallas.dispatch`: "chunked" (XLA in
-      linear memory) or "xla" (with t x s logits).
+    impl: implementation, see `isthmus.pallas.dispatch`: "mosaic" (kernels for
+      Hopper GPUs), "chunked" (XLA in linear memory) or "xla" (with t x s
+      logits).
 
   Returns:
     o [b t n dv] of q's dtype, or (o, lse) with lse [b n t] in float32
@@ -155,8 +157,9 @@ def _layout(t, s, block, causal, segment_ids, max_segments, q_positions):
 OP = Op(
   "moba",
   (
+    Impl("mosaic", mosaic.attend, mosaic.refuse),
     Impl("chunked", "isthmus.pallas.moba.chunked:attend"),
     Impl("xla", "isthmus.pallas.moba.ref:attend"),
   ),
-  {"gpu": ("chunked",), "cpu": ("chunked",), "tpu": ("chunked",)},
+  {"gpu": ("mosaic", "chunked"), "cpu": ("chunked",), "tpu": ("chunked",)},
 )

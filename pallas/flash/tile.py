@@ -328,8 +328,41 @@ def call(body, arrays, plan, *, out_type, scratch, items, threads, name):
     named = jax.tree.unflatten(tree, refs[first:second])
     body(*refs[:first], named, *refs[second:third], refs[third:])
 
-  return plgpu.kernel(
+  return launch(
     kernel,
+    (*arrays, *leaves),
+    out_type=out_type,
+    scratch=scratch,
+    items=items,
+    threads=threads,
+    name=name,
+  )
+
+
+def launch(body, arrays, *, out_type, scratch, items, threads, name):
+  """Runs `body(*refs of arrays, *refs of outputs, *refs of scratch)`.
+
+  Args:
+    body, out_type, scratch, items, threads, name: as in `call`.
+    arrays: inputs.
+
+  Example:
+    >>> def copy(x_ref, y_ref):
+    ...   y_ref[lax.axis_index("item")] = x_ref[lax.axis_index("item")]
+    >>> run = lambda x: launch(
+    ...   copy,
+    ...   (x,),
+    ...   out_type=(jax.ShapeDtypeStruct((2,), jnp.int32),),
+    ...   scratch=(),
+    ...   items=2,
+    ...   threads=1,
+    ...   name="copy",
+    ... )
+    >>> jax.eval_shape(run, jnp.arange(2))[0].shape
+    (2,)
+  """
+  return plgpu.kernel(
+    body,
     out_type=out_type,
     scratch_types=scratch,
     grid=(items,),
@@ -341,7 +374,7 @@ def call(body, arrays, plan, *, out_type, scratch, items, threads, name):
       approx_math=True,
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
-  )(*arrays, *leaves)
+  )(*arrays)
 
 
 def drain(total: Any, stages: int, *barriers: Any) -> None:

@@ -25,7 +25,9 @@ from isthmus.pallas.dispatch import platform
 from isthmus.pallas.flash.ref import LSE, NEVER, OUT
 from isthmus.pallas.moba.api import Extras, Options
 from isthmus.pallas.moba.invert import Inverted, Tiles, invert, tiles
+from isthmus.pallas.moba.parts import merged, summed, take
 from isthmus.pallas.moba.pool import pool
+from isthmus.pallas.moba.rows import chunks
 from isthmus.pallas.moba.select import choose
 from isthmus.pallas.precision import accumulator, exact_dot
 
@@ -90,55 +92,6 @@ def _choose(options, q, k, extras):
   return choose(
     q, centroids, extras.layout, top_k=options.top_k, causal=options.causal
   )
-
-
-class _Chunks(NamedTuple):
-  """How arrays of a call become rows of chunks and lanes, and back."""
-
-  b: int
-  t: int
-  n: int
-  heads: int
-  c: int  # queries of a chunk
-
-  @property
-  def group(self):
-    return self.n // self.heads
-
-  def rows(self, x, fill=0):
-    """[b t n ...] -> [chunks, lanes, rows, ...]."""
-    rest = x.shape[3:]
-    ends = ((0, 0), (0, -self.t % self.c), *((0, 0),) * (x.ndim - 2))
-    x = jnp.pad(x, ends, constant_values=fill)
-    x = x.reshape(self.b, -1, self.c, self.heads, self.group, *rest)
-    x = jnp.moveaxis(x, (1, 3), (0, 2))
-    return x.reshape(-1, self.b * self.heads, self.c * self.group, *rest)
-
-  def stats(self, x, fill=0):
-    """[b n t] -> [chunks, lanes, rows]."""
-    return self.rows(jnp.swapaxes(x, 1, 2), fill)
-
-  def back(self, x):
-    """[chunks, lanes, rows, ...] -> [b t n ...]."""
-    rest = x.shape[3:]
-    x = x.reshape(-1, self.b, self.heads, self.c, self.group, *rest)
-    x = jnp.moveaxis(x, (0, 2), (1, 3))
-    return x.reshape(self.b, -1, self.n, *rest)[:, : self.t]
-
-  def lanes(self, x):
-    """[b s k d] -> [lanes, s, d]."""
-    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-  def each(self, x):
-    """[b|1, g] -> [lanes, g]."""
-    x = jnp.broadcast_to(x[:, None], (self.b, self.heads, x.shape[1]))
-    return x.reshape(-1, x.shape[2])
-
-
-def _chunks(q, k, chunk):
-  (b, t, n, _), heads = q.shape, k.shape[2]
-  c = max(min(chunk[0] * heads // n, t), 1)
-  return _Chunks(b, t, n, heads, c)
 
 
 def _inputs(parts, layout, choice, size):
@@ -206,7 +159,7 @@ def _meet(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _walk(options, chunk, q, k, v, layout, choice):
-  parts, size, acc = _chunks(q, k, chunk), chunk[1], accumulator(q.dtype)
+  parts, size, acc = chunks(q, k, chunk[0]), chunk[1], accumulator(q.dtype)
   slots, width = choice.shape[3], v.shape[3]
   at, rows, find = _inputs(parts, layout, choice, size)
   start, stop = parts.each(layout.start), parts.each(layout.stop)
@@ -220,7 +173,7 @@ def _walk(options, chunk, q, k, v, layout, choice):
       here = _meet(
         i, found, cut, slots, size, options.block, start, stop, at, k, v
       )
-      x = _scores(_take(q, here.row), here.k) * options.scale
+      x = _scores(take(q, here.row), here.k) * options.scale
       x = jnp.where(here.mask, x, NEVER)
       top = jnp.max(x, axis=-1, keepdims=True)
       top = jnp.where(top < 0.5 * NEVER, 0.0, top)
@@ -234,42 +187,18 @@ def _walk(options, chunk, q, k, v, layout, choice):
     shape = (q.shape[0], found.order.shape[1] + size, width + 1)
     left = _full(q, shape, 0, acc)
     left = jax.lax.fori_loop(0, jnp.max(cut.total), step, left)
-    return None, _merge(left, found, slots)
+    place, real = _found(found, slots)
+    return None, merged(left[..., :-1], left[..., -1], place, real)
 
   xs = (parts.rows(q), at, rows)
   _, (o, lse) = jax.lax.scan(one, None, xs)
   return parts.back(o).astype(q.dtype), jnp.swapaxes(parts.back(lse), 1, 2)
 
 
-def _merge(left, found: Inverted, slots):
-  """(o, lse) of rows [l, r] over the parts of their choices."""
+def _found(found: Inverted, slots):
+  """(place, real) [l, r, c] of a chunk's choices."""
   place = found.place.reshape(found.place.shape[0], -1, slots)
-  real = place < found.offset[:, -1:, None]
-  lse = _take(left[..., -1], place.reshape(place.shape[0], -1))
-  lse = jnp.where(real, lse.reshape(place.shape), -jnp.inf)
-  top = jnp.max(lse, axis=-1, keepdims=True)
-  weight = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
-  total = jnp.sum(weight, axis=-1)
-  empty = total == 0
-  total = jnp.where(empty, 1.0, total)
-  weight = weight / total[..., None]
-  o = _gather(left[..., :-1], place, real, weight)
-  return o, jnp.where(empty, -jnp.inf, top[..., 0] + jnp.log(total))
-
-
-def _gather(left, place, real, weight=None):
-  """The sum [l, r, d] of what is left in the places of each row, in order."""
-
-  def add(j, total):
-    def at(x):
-      return jax.lax.dynamic_index_in_dim(x, j, axis=2, keepdims=False)
-
-    x = jnp.where(at(real)[..., None], _take(left, at(place)), 0)
-    return total + (x if weight is None else x * at(weight)[..., None])
-
-  shape = (*place.shape[:2], left.shape[2])
-  total = _full(left, shape, 0, left.dtype)
-  return jax.lax.fori_loop(0, place.shape[2], add, total)
+  return place, place < found.offset[:, -1:, None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -277,7 +206,7 @@ def _walk_back(options, chunk, residuals, cotangents):
   """`dX = P (dP - Delta)` with `Delta = rowsum(do o) - dlse`."""
   q, k, v, layout, choice, o, lse = residuals
   do, dlse = cotangents
-  parts, size, acc = _chunks(q, k, chunk), chunk[1], lse.dtype
+  parts, size, acc = chunks(q, k, chunk[0]), chunk[1], lse.dtype
   slots, dtype, block = choice.shape[3], q.dtype, options.block
   at, rows, find = _inputs(parts, layout, choice, size)
   start, stop = parts.each(layout.start), parts.each(layout.stop)
@@ -294,10 +223,10 @@ def _walk_back(options, chunk, residuals, cotangents):
       here = _meet(i, found, cut, slots, size, block, start, stop, at, k, v)
       # What stands where there is no choice has to be nothing, not NaN.
       y, z = (
-        jnp.where(here.real[..., None], _take(x, here.row), 0) for x in (q, do)
+        jnp.where(here.real[..., None], take(x, here.row), 0) for x in (q, do)
       )
       top, inner = (
-        jnp.where(here.real, _take(x, here.row), 0)[..., None]
+        jnp.where(here.real, take(x, here.row), 0)[..., None]
         for x in (lse, delta)
       )
       x = _scores(y, here.k) * options.scale
@@ -313,8 +242,7 @@ def _walk_back(options, chunk, residuals, cotangents):
     left, *carry = jax.lax.fori_loop(
       0, jnp.max(cut.total), step, (left, *carry)
     )
-    place = found.place.reshape(*q.shape[:2], slots)
-    dq = _gather(left, place, place < found.offset[:, -1:, None])
+    dq = summed(left, *_found(found, slots))
     return tuple(carry), dq.astype(dtype)
 
   # The last block's window reaches past the last key.
@@ -347,12 +275,6 @@ _to_keys = functools.partial(exact_dot, "lrw,lrd->lwd")
 def _full(like, shape, value, dtype):
   """A constant that varies over a mesh as `like` does."""
   return jax.lax.full_like(like, value, dtype, shape=shape)
-
-
-def _take(x, row):
-  """x [l, r, ...] at rows [l, m]."""
-  row = row.reshape(*row.shape, *(1,) * (x.ndim - 2))
-  return jnp.take_along_axis(x, row, axis=1, mode="promise_in_bounds")
 
 
 @jax.vmap

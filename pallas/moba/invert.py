@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from isthmus.pallas.moba.parts import take
+
 
 class Inverted(NamedTuple):
   """Choices in the order of their blocks; int32.
@@ -72,14 +74,47 @@ def invert(choice: Int32[Array, "*lead r c"], num_blocks: int) -> Inverted:
   *lead, r, c = choice.shape
   real = (choice >= 0) & (choice < num_blocks)
   flat = jnp.where(real, choice, num_blocks).reshape(-1, r * c)
-  index = jax.lax.broadcasted_iota(jnp.int32, flat.shape, 1)
-  block, order = jax.lax.sort((flat, index), num_keys=1, is_stable=True)
-  _, place = jax.lax.sort((order, index), num_keys=1)
-  offset = jax.vmap(jnp.searchsorted, in_axes=(0, None))(
-    block, jnp.arange(num_blocks + 1, dtype=jnp.int32)
-  ).astype(jnp.int32)
+  lanes, entries = flat.shape
+  # One sort of all lanes: a GPU sorts one long array far faster than many.
+  lane = jax.lax.broadcasted_iota(jnp.int32, flat.shape, 0)
+  index = jax.lax.iota(jnp.int32, flat.size)
+  key = (lane * (num_blocks + 1) + flat).reshape(-1)
+  key, order = jax.lax.sort((key, index), num_keys=1, is_stable=True)
+  # Every place is written once, so in no order of writes.
+  place = (
+    jnp.zeros_like(index)
+    .at[order]
+    .set(index, unique_indices=True, mode="promise_in_bounds")
+  )
+  block, order, place = (x.reshape(flat.shape) for x in (key, order, place))
+  block = block - lane * (num_blocks + 1)
+  order, place = order - lane * entries, place - lane * entries
+  offset = count_below(block, num_blocks + 1)[:, :-1]
   found = (order, block, place, offset)
   return Inverted(*(x.reshape(*lead, x.shape[1]) for x in found))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def count_below(x: Int32[Array, "l e"], bound: int) -> Int32[Array, "l m"]:
+  """How many of a lane's numbers are less than 0, ..., bound.
+
+  Whole numbers are added up by a scatter, whose order changes nothing.
+
+  Args:
+    x: numbers; those outside of [0, bound) are not counted.
+    bound: m - 1.
+
+  Example:
+    >>> count_below(jnp.array([[2, 0, 2]]), 3).tolist()
+    [[0, 1, 1, 3]]
+  """
+  lanes = x.shape[0]
+  real = (x >= 0) & (x < bound)
+  lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+  count = jnp.zeros((lanes, bound + 1), jnp.int32)
+  count = count.at[lane, jnp.where(real, x, bound)].add(1)
+  below = jnp.cumsum(count[:, :-1], axis=1, dtype=jnp.int32)
+  return jnp.pad(below, ((0, 0), (1, 0)))
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -103,20 +138,15 @@ def tiles(inverted: Inverted, *, size: int) -> Tiles:
   block = inverted.block.reshape(-1, entries)
   offset = inverted.offset.reshape(-1, g + 1)
   place = jax.lax.broadcasted_iota(jnp.int32, block.shape, 1)
-  opens = (place - _of(offset, block)) % size == 0
+  opens = (place - take(offset, block)) % size == 0
   opens = opens & (block < g)
   # Each block that is chosen may leave one tile part empty.
   most = min(-(-entries // size) + min(g, entries), entries)
   begin = jnp.sort(jnp.where(opens, place, entries), axis=1)[:, :most]
   real = begin < entries
-  block = jnp.where(real, _of(block, jnp.minimum(begin, entries - 1)), g)
-  stop = _of(offset, jnp.minimum(block + 1, g))
+  block = jnp.where(real, take(block, jnp.minimum(begin, entries - 1)), g)
+  stop = take(offset, jnp.minimum(block + 1, g))
   count = jnp.where(real, jnp.minimum(stop - begin, size), 0)
   total = jnp.sum(opens, axis=1, dtype=jnp.int32)
   found = (x.reshape(*lead, most) for x in (block, begin, count))
   return Tiles(*found, total.reshape(lead))
-
-
-def _of(x, index):
-  """x [l, m] at [l, e]."""
-  return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")

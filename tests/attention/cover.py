@@ -88,8 +88,13 @@ def cases(backend: str, max_length: int, seed: int = 0) -> list[Case]:
     for values in itertools.product(*axes)
     if takes(backend, Case(*values))
   ]
-  rng = random.Random(seed)
-  rng.shuffle(whole)
+  return [Case(*values) for values in covering(whole, seed)]
+
+
+def covering(whole: list[tuple], seed: int = 0) -> list[tuple]:
+  """Some of the cases, with every pair of settings that all of them have."""
+  whole = list(whole)
+  random.Random(seed).shuffle(whole)
   left = {pair for values in whole for pair in pairs(values)}
   found = []
   while left:
@@ -98,7 +103,7 @@ def cases(backend: str, max_length: int, seed: int = 0) -> list[Case]:
     holding = [values for values in whole if pair in pairs(values)]
     best = max(holding[:400], key=lambda v: len(left.intersection(pairs(v))))
     left -= pairs(best)
-    found.append(Case(*best))
+    found.append(best)
   return found
 
 
