@@ -192,23 +192,18 @@ class Decoder(nn.Module):
     )
 
   def setup(self):
-    n, k, d, hidden = self.sizes
-    kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    out_scale = (2 * self.depth) ** -0.5
-    attn = Attention(
-      n, k, d, attend=self.attend, out_scale=out_scale, parent=None, **kinds
-    )
-    block = Block(
-      attn,
-      GatedMlp(hidden, out_scale=out_scale, parent=None, **kinds),
-      dropout=self.dropout,
-      eps=self.eps,
-      param_dtype=self.param_dtype,
-      parent=None,
-    )
     self.embed = Table(self.vocab_size, self.width, self.param_dtype)
-    self.stack = Stack(
-      block,
+    self.stack = self._stack()
+    self.norm = RMSNorm(eps=self.eps, param_dtype=self.param_dtype)
+    if self.dropout:
+      self.drop = nn.Dropout(self.dropout)
+    if not self.tied:
+      self.head = Kernel(self.width, self.vocab_size, self.param_dtype)
+
+  def _stack(self) -> nn.Module:
+    """All layers."""
+    return Stack(
+      self._block(attend=self.attend),
       self.depth,
       scan=self.scan,
       mode=self.mode,
@@ -217,11 +212,32 @@ class Decoder(nn.Module):
       grid=self.grid,
       cache=self.cache,
     )
-    self.norm = RMSNorm(eps=self.eps, param_dtype=self.param_dtype)
-    if self.dropout:
-      self.drop = nn.Dropout(self.dropout)
-    if not self.tied:
-      self.head = Kernel(self.width, self.vocab_size, self.param_dtype)
+
+  def _block(self, **fields: Any) -> Block:
+    """A layer; `fields` are those that its `Attention` has besides."""
+    n, k, d, hidden = self.sizes
+    kinds: dict[str, Any] = {
+      "out_scale": (2 * self.depth) ** -0.5,
+      "dtype": self.dtype,
+      "param_dtype": self.param_dtype,
+      "parent": None,
+    }
+    return Block(
+      Attention(n, k, d, **fields, **kinds),
+      GatedMlp(hidden, **kinds),
+      dropout=self.dropout,
+      eps=self.eps,
+      param_dtype=self.param_dtype,
+      parent=None,
+    )
+
+  def _start(self, cache: Any) -> Any:
+    """Where the tokens after a cache stand."""
+    return cache.length[0]
+
+  def _inputs(self, turn: Any, cache: Any) -> tuple[Any, dict[str, Any]]:
+    """(inputs of which each layer has its own, those that all share)."""
+    return {} if cache is None else {"cache": cache}, {"turn": turn}
 
   def __call__(
     self,
@@ -229,7 +245,7 @@ class Decoder(nn.Module):
     *,
     segment_ids: Int[Array, "b t"] | None = None,
     positions: Int[Array, "#b t"] | None = None,
-    cache: KVCache | None = None,
+    cache: KVCache | tuple[Any, ...] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "b t v"], dict[str, Any]]:
     """Logits of the token after each.
@@ -248,7 +264,7 @@ class Decoder(nn.Module):
     """
     t = tokens.shape[1]
     if positions is None:
-      start = 0 if cache is None else cache.length[0]
+      start = 0 if cache is None else self._start(cache)
       positions = (start + jnp.arange(t, dtype=jnp.int32))[None]
     _, _, head_dim, _ = self.sizes
     turn = rotation(
@@ -257,12 +273,10 @@ class Decoder(nn.Module):
       theta=self.rope_theta,
       scaling=self.rope_scaling,
     )
-    shared: dict[str, Any] = {"train": train}
-    shared["turn"] = jax.tree_util.Partial(rope, turn=turn)
-    layers = {}
+    layers, shared = self._inputs(jax.tree_util.Partial(rope, turn=turn), cache)
+    shared["train"] = train
     if cache is not None:
       shared["positions"] = positions.astype(jnp.int32)
-      layers["cache"] = cache
     if segment_ids is not None:
       shared["segment_ids"] = segment_ids
     x = embed_lookup(self.embed().astype(self.dtype), tokens)
