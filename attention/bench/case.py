@@ -157,10 +157,12 @@ def grid(
   *,
   tokens: int,
   hidden: int,
+  batch: int | None = None,
 ) -> list[Case]:
   """All combinations, at about `tokens` tokens and `hidden` channels each.
 
-  The batch is tokens / length (at least 1), the heads hidden / width.
+  The batch is tokens / length (at least 1) unless it is given, the heads are
+  hidden / width.
 
   Raises:
     ValueError: a width that doesn't divide `hidden`, or a case that can't be.
@@ -176,7 +178,13 @@ def grid(
     if hidden % width:
       raise ValueError(f"{hidden} channels don't split into heads of {width}")
   return [
-    Case(mask, max(1, tokens // length), length, hidden // width, width)
+    Case(
+      mask,
+      max(1, tokens // length) if batch is None else batch,
+      length,
+      hidden // width,
+      width,
+    )
     for mask in masks
     for width in widths
     for length in lengths

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     cases = _cases(options)
     peers = _peers(options)
+    routed = _routed(options)
   except ValueError as error:
     parser.error(str(error))
   # Torch's process needs some of the memory; without effect once a device is
@@ -51,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("first-call seconds may come out of the compilation cache")
   if report.machine["platform"] != "gpu":
     print("no GPU here: these times say nothing about the GPU kernels")
-  _measure(options, cases, peers, report)
+  _measure(options, cases, routed, peers, report)
   _finish(options, report)
   failed = [r for r in report.refusals if r.ours and r.failed]
-  return 1 if failed or not any(row.ours for row in report.rows) else 0
+  found = report.routed or any(row.ours for row in report.rows)
+  return 1 if failed or not found else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     help="the promised shapes alone: 32k and 8k tokens, D 128 and 64",
   )
   add("--quick", action="store_true", help="short rounds: rough figures")
+  add(
+    "--moba",
+    type=_names,
+    default=(),
+    metavar="BLOCKxTOP_K",
+    help="mixture of block attention too, at each length and width: 128x8",
+  )
+  add("--batch", type=int, help="rows, whatever their tokens")
   add("--no-decode", action="store_true", help="leave out the decode steps")
   add(
     "--show",
@@ -133,7 +143,27 @@ def _cases(options) -> list[Case]:
     options.dims,
     tokens=options.tokens,
     hidden=options.hidden,
+    batch=options.batch,
   )
+
+
+def _routed(options) -> list[Any]:
+  """Problems of block routing, at the shapes of the grid."""
+  from isthmus.attention.bench.routed import Routing, parse
+
+  shapes = grid(
+    ("causal",),
+    options.lengths,
+    options.dims,
+    tokens=options.tokens,
+    hidden=options.hidden,
+    batch=options.batch,
+  )
+  return [
+    Routing(*parse(text), c.batch, c.length, c.heads, c.width)
+    for text in options.moba
+    for c in shapes
+  ]
 
 
 def _peers(options) -> tuple[list[Any], list[str]]:
@@ -173,7 +203,7 @@ def _start(options):
   return Report(run.machine(_clock(options)), settings)
 
 
-def _measure(options, cases, peers, report) -> None:
+def _measure(options, cases, routed, peers, report) -> None:
   """Fills the report; after each case, what there is so far is written."""
   from isthmus.attention.bench import run, torch_peers
   from isthmus.attention.bench.rows import Refusal, Row
@@ -213,6 +243,8 @@ def _measure(options, cases, peers, report) -> None:
       except Exception as error:
         take([Refusal.of("mask build", error, case, ours=True)])
     keep()
+  take(_routes(options, routed, clock, report))
+  keep()
   if not options.no_decode:
     take(_decodes(options, clock, report))
     keep()
@@ -242,6 +274,21 @@ def _ours(options, case) -> list[Any]:
     return [isthmus(impl) for impl in options.impls or (best(case),)]
   except Exception as error:
     return [Refusal.of("isthmus", error, case, ours=True)]
+
+
+def _routes(options, routed, clock, report) -> Iterator[Any]:
+  from isthmus.attention.bench.routed import measure
+  from isthmus.attention.bench.rows import Refusal
+
+  for problem in routed:
+    try:
+      found = measure(problem, clock, options.passes)
+    except Exception as error:
+      yield Refusal.of(f"{problem.label} {problem.length}", error, ours=True)
+      continue
+    report.routed.append(found)
+    for line in found.lines(report.rows, report.machine["device"]):
+      print(line, flush=True)
 
 
 def _decodes(options, clock, report) -> Iterator[Any]:

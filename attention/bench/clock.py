@@ -28,6 +28,7 @@ class Clock:
   Attributes:
     rounds: of which the median is taken.
     seconds: of each round, about.
+    slow: seconds; a call that takes longer has one round, of one call.
 
   Example:
     >>> x = jnp.ones(1000)
@@ -38,6 +39,7 @@ class Clock:
 
   rounds: int = 5
   seconds: float = 0.1
+  slow: float = 1.0
 
   def seconds_of(
     self, program: Callable[..., Any], sets: Sequence[tuple[Any, ...]]
@@ -64,7 +66,10 @@ class Clock:
     """
     calls = [self._calls(program, sets) for program in programs]
     times: list[list[float]] = [[] for _ in programs]
-    for round_ in range(self.rounds):
+    # The times of slow calls vary little.
+    rounds = 1 if 0 in calls else self.rounds
+    calls = [max(n, 1) for n in calls]
+    for round_ in range(rounds):
       order = list(range(len(programs)))
       random.Random(round_).shuffle(order)
       for n in order:
@@ -77,9 +82,18 @@ class Clock:
     return [statistics.median(t) for t in times]
 
   def _calls(self, program, sets) -> int:
-    """How many calls fill a round, told by two after one of each of `sets`."""
+    """How many calls fill a round, told after one of each of `sets`.
+
+    0 if one takes more than `slow`.
+    """
     for arguments in sets:
       jax.block_until_ready(program(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(program(*sets[0]))
+    once = time.perf_counter() - start
+    if once > self.slow:
+      return 0
+    # Two under way at once tell more of a short call.
     start = time.perf_counter()
     jax.block_until_ready([program(*sets[0]) for _ in range(2)])
     once = (time.perf_counter() - start) / 2

@@ -8,6 +8,7 @@ from typing import Any
 
 from isthmus.attention.bench.case import Case
 from isthmus.attention.bench.decode import Decode, Step
+from isthmus.attention.bench.routed import Routed, Routing
 from isthmus.attention.bench.rows import Refusal, Row, ratios
 from isthmus.attention.bench.run import Build
 
@@ -23,6 +24,7 @@ class Report:
     refusals: what was asked for and did not run.
     builds: costs of making masks.
     decodes: decode steps.
+    routed: mixtures of block attention.
 
   Example:
     >>> report = Report({"platform": "cpu", "device": "cpu"}, {})
@@ -36,6 +38,7 @@ class Report:
   refusals: list[Refusal] = dataclasses.field(default_factory=list)
   builds: list[Build] = dataclasses.field(default_factory=list)
   decodes: list[Decode] = dataclasses.field(default_factory=list)
+  routed: list[Routed] = dataclasses.field(default_factory=list)
 
   def as_dict(self) -> dict[str, Any]:
     """For JSON, with the ratios to each peer."""
@@ -52,6 +55,7 @@ class Report:
         for b in self.builds
       ],
       "decode": [d.as_dict() for d in self.decodes],
+      "moba": [r.as_dict() for r in self.routed],
       "refusals": [dataclasses.asdict(r) for r in self.refusals],
     }
 
@@ -90,6 +94,7 @@ class Report:
         [_fields(Refusal, one) for one in found["refusals"]],
         [_fields(Build, one) for one in found["mask_builds"]],
         [_fields(Decode, one) for one in found["decode"]],
+        [_fields(Routed, one) for one in found.get("moba", ())],
       )
     except (KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
       raise ValueError(f"{path} is no bench.json: {error!r}") from error
@@ -115,6 +120,8 @@ class Report:
       yield f"mask build, {where}: {b.ms:.3f} ms, {share}"
     rate = self.machine["copy_bytes_per_second"]
     yield from (d.line(rate) for d in self.decodes)
+    for routed in self.routed:
+      yield from routed.lines(self.rows, self.machine["device"])
     for row in self.rows:
       if row.note:
         where = f"{row.case.label} {row.case.shape} {row.which}"
@@ -128,6 +135,8 @@ def _fields(kind, found: dict[str, Any]) -> Any:
     given["case"] = Case(**given["case"])
   if "step" in given:
     given["step"] = Step(**given["step"])
+  if "routing" in given:
+    given["routing"] = Routing(**given["routing"])
   return kind(**given)
 
 
