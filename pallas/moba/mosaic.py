@@ -97,15 +97,18 @@ def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, q, k, v, extras):
-  return _walk(options, q, k, v, extras.layout, _choose(options, q, k, extras))
+  choice = _choose(options, q, k, extras)
+  places = _arrange(options, q, k, extras.layout, choice)
+  return _walk(options, q, k, v, extras.layout, places)
 
 
 def _forward(options, q, k, v, extras):
-  # Kept with o under its policy, as in `chunked`.
+  # Kept with o under its policy, as in `chunked`; places are made of it again.
   choice = checkpoint_name(_choose(options, q, k, extras), OUT)
-  o, lse = _walk(options, q, k, v, extras.layout, choice)
+  places = _arrange(options, q, k, extras.layout, choice)
+  o, lse = _walk(options, q, k, v, extras.layout, places)
   o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
-  return (o, lse), (q, k, v, extras.layout, choice, o, lse)
+  return (o, lse), (q, k, v, extras.layout, places, o, lse)
 
 
 def _backward(options, residuals, cotangents):
@@ -113,6 +116,32 @@ def _backward(options, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def routing(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  extras: Extras,
+  *,
+  options: Options,
+) -> tuple[Int32[Array, "b n t c"], Places]:
+  """The choice and its places: all that goes before the first product of rows.
+
+  `attend` does the same in groups of lanes. This is for those who measure it.
+
+  Args:
+    q, k, extras, options: as in `attend`; the width is one of `WIDTHS`.
+
+  Example:
+    >>> from isthmus.pallas.moba.layout import uniform
+    >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    >>> extras, options = Extras(uniform(128, 128, block=64)), Options(64, 2)
+    >>> run = lambda x: routing(x, x, extras, options=options)
+    >>> jax.eval_shape(run, x)[0].shape
+    (1, 2, 128, 2)
+  """
+  choice = _choose(options, q, k, extras)
+  return choice, _arrange(options, q, k, extras.layout, choice)
 
 
 def _choose(options, q, k, extras) -> Int32[Array, "b n t c"]:
@@ -158,19 +187,42 @@ def _choose(options, q, k, extras) -> Int32[Array, "b n t c"]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _walk(options, q, k, v, layout, choice):
+def _arrange(options, q, k, layout: BlockLayout, choice) -> Places:
+  """The places of all lanes; those of a lane may be sorted apart."""
+  (b, t, n, _), (size, _) = q.shape, _pieces(options)
+  parts = chunks(q, k, t * n)
+  choice, start, stop = split(
+    choice, layout.start, layout.stop, block=options.block, size=size
+  )
+  at = jnp.broadcast_to(layout.at[..., None], (b, t, n))
+  rows = (
+    parts.rows(jnp.swapaxes(choice, 1, 2), -1)[0],
+    parts.rows(at)[0],
+    parts.each(start),
+    parts.each(stop),
+  )
+  # Of sorting: numbers and their places, twice, and what follows from them.
+  cost = 40 * rows[0][0].size
+  return Places(*_groups(functools.partial(arrange, tile=ROWS), rows, cost))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _walk(options, q, k, v, layout, places):
   from isthmus.pallas.moba.mosaic_forward import forward
 
-  parts, rows, blocks = _inputs(options, q, k, layout, choice)
+  parts, blocks = chunks(q, k, q.size), _Blocks(options, q, k, layout)
+  flat = q.reshape(-1, q.shape[3])
 
-  def some(q, k, v, *rows):
-    places, lists = _lists(rows, k)
-    o, lse = forward(taken(q, places.row), k, v, lists, scale=options.scale)
+  def some(lane, places, k, v):
+    lists = block_tiles(places, ROWS, k.shape[2])
+    rows = _rows(flat, parts.flat(lane, places.row))
+    o, lse = forward(rows, k, v, lists, scale=options.scale)
     o, lse = merged(o, lse, places.place, places.real)
     return o.astype(q.dtype), lse
 
-  args = (parts.rows(q)[0], blocks.keys(k), blocks.keys(v), *rows)
-  o, lse = _groups(some, args)
+  keys, values = blocks.keys(k), blocks.keys(v)
+  lane = jnp.arange(len(keys), dtype=jnp.int32)
+  o, lse = _groups(some, (lane, places, keys, values), _cost(places, q))
   return parts.back(o[None]), jnp.swapaxes(parts.back(lse[None]), 1, 2)
 
 
@@ -178,41 +230,74 @@ def _walk(options, q, k, v, layout, choice):
 def _walk_back(options, residuals, cotangents):
   from isthmus.pallas.moba.mosaic_backward import backward
 
-  q, k, v, layout, choice, o, lse = residuals
+  q, k, v, layout, places, o, lse = residuals
   do, dlse = cotangents
-  parts, rows, blocks = _inputs(options, q, k, layout, choice)
-  delta = jnp.einsum(
-    "btnd,btnd->bnt", *(x.astype(jnp.float32) for x in (do, o))
-  )
-  stats = jnp.stack([lse * _LOG2E, delta - dlse], axis=-1)
+  parts, blocks = chunks(q, k, q.size), _Blocks(options, q, k, layout)
+  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+  delta = delta - jnp.swapaxes(dlse, 1, 2)
+  stats = jnp.stack([jnp.swapaxes(lse, 1, 2) * _LOG2E, delta], axis=-1)
+  flat_q, flat_do, stats = (x.reshape(-1, x.shape[3]) for x in (q, do, stats))
 
-  def some(q, do, stats, k, v, *rows):
-    places, lists = _lists(rows, k)
-    lse = taken(stats[..., 0], places.row, jnp.inf)
-    q, do = taken(q, places.row), taken(do, places.row)
-    delta = taken(stats[..., 1], places.row)
+  def some(lane, places, k, v):
+    lists = block_tiles(places, ROWS, k.shape[2])
+    index = parts.flat(lane, places.row)
+    q, do = _rows(flat_q, index), _rows(flat_do, index)
+    lse, delta = jnp.moveaxis(_rows(stats, index), -1, 0)
+    # No row is in a place that no key is seen from: nothing may pass there.
+    lse = jnp.where(places.limit > 0, lse, jnp.inf)
     dq, dk, dv = backward(q, do, k, v, lse, delta, lists, scale=options.scale)
     dq = summed(dq, places.place, places.real) * options.scale
     return dq.astype(q.dtype), dk, dv
 
-  args = (
-    parts.rows(q)[0],
-    parts.rows(do)[0],
-    parts.stats(stats)[0],
-    blocks.keys(k),
-    blocks.keys(v),
-    *rows,
-  )
-  dq, dk, dv = _groups(some, args)
+  keys, values = blocks.keys(k), blocks.keys(v)
+  lane = jnp.arange(len(keys), dtype=jnp.int32)
+  dq, dk, dv = _groups(some, (lane, places, keys, values), _cost(places, q))
   return parts.back(dq[None]), blocks.back(dk), blocks.back(dv)
+
+
+def _pieces(options) -> tuple[int, int]:
+  """(keys of a piece of a block, pieces)."""
+  size = next((x for x in KEYS if x >= options.block), KEYS[-1])
+  return size, -(-options.block // size)
+
+
+def _rows(x, index):
+  """x [m d] at index [l p], 0 past its end."""
+  return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+def _cost(places, q):
+  """Bytes of a lane's rows in places."""
+  return places.row.shape[1] * q.shape[3] * q.dtype.itemsize
+
+
+def _groups(function, args, cost):
+  """function(*args), lanes in as few groups as LIMIT allows at `cost` each."""
+  lanes = jax.tree.leaves(args)[0].shape[0]
+  most = max(LIMIT // cost, 1)
+  some = max(x for x in range(1, lanes + 1) if lanes % x == 0 and x <= most)
+  if some == lanes:
+    return function(*args)
+  args = jax.tree.map(lambda x: x.reshape(-1, some, *x.shape[1:]), args)
+  out = jax.lax.map(lambda args: function(*args), args)
+  return jax.tree.map(lambda x: x.reshape(lanes, *x.shape[2:]), tuple(out))
 
 
 class _Blocks:
   """Keys as blocks of a size that kernels take, and back."""
 
-  def __init__(self, parts, start, stop, seen, size, aligned, s):
-    self.parts, self.start, self.stop, self.seen = parts, start, stop, seen
-    self.size, self.aligned, self.s = size, aligned, s
+  def __init__(self, options, q, k, layout: BlockLayout):
+    self.parts, self.s = chunks(q, k, q.size), k.shape[1]
+    self.size, _ = _pieces(options)
+    self.aligned = layout.lost is None and options.block % self.size == 0
+    # Any choice: blocks alone are wanted.
+    none = jnp.zeros((0,), jnp.int32)
+    _, start, stop = split(
+      none, layout.start, layout.stop, block=options.block, size=self.size
+    )
+    self.start, self.stop = self.parts.each(start), self.parts.each(stop)
+    last = jnp.max(layout.at, axis=1, keepdims=True)
+    self.seen = self.parts.each(jnp.minimum(last, self.s - 1) + 1)
 
   def keys(self, x):
     """[b s k d] -> [l g w d], 0 where there is no key that anyone sees."""
@@ -220,13 +305,13 @@ class _Blocks:
     d = x.shape[2]
     if self.aligned:
       # 0 NaN is NaN, so probabilities of 0 alone would let it through.
-      there = jnp.arange(self.s) < self.parts.each(self.seen)
+      there = jnp.arange(self.s) < self.seen
       x = jnp.where(there[..., None], x, 0)
       ends = self.start.shape[1] * self.size - self.s
       x = jnp.pad(x, ((0, 0), (0, ends), (0, 0)))
     else:
       index = self.start[..., None] + jnp.arange(self.size, dtype=jnp.int32)
-      stop = jnp.minimum(self.stop, self.parts.each(self.seen))
+      stop = jnp.minimum(self.stop, self.seen)
       there = (index < stop[..., None]).reshape(x.shape[0], -1)
       x = taken(x, jnp.where(there, index.reshape(there.shape), self.s))
     return x.reshape(x.shape[0], -1, self.size, d)
@@ -246,51 +331,6 @@ class _Blocks:
       x = taken(x, jnp.where(block < g, index, x.shape[1]))
     x = x.reshape(self.parts.b, self.parts.heads, self.s, d)
     return jnp.swapaxes(x, 1, 2)
-
-
-def _inputs(options, q, k, layout: BlockLayout, choice):
-  """The chunk of all rows; (choice, at, start, stop) of lanes; the blocks."""
-  b, t, n, _ = q.shape
-  parts, block = chunks(q, k, t * n), options.block
-  size = next((x for x in KEYS if x >= block), KEYS[-1])
-  choice, start, stop = split(
-    choice, layout.start, layout.stop, block=block, size=size
-  )
-  start, stop = parts.each(start), parts.each(stop)
-  at = jnp.broadcast_to(layout.at[..., None], (b, t, n))
-  rows = (
-    parts.rows(jnp.swapaxes(choice, 1, 2), -1)[0],
-    parts.rows(at)[0],
-    start,
-    stop,
-  )
-  aligned = layout.lost is None and block % size == 0
-  last = jnp.max(layout.at, axis=1, keepdims=True)
-  seen = jnp.minimum(last, k.shape[1] - 1) + 1
-  return (
-    parts,
-    rows,
-    _Blocks(parts, start, stop, seen, size, aligned, k.shape[1]),
-  )
-
-
-def _lists(rows, k) -> tuple[Places, tuple]:
-  places = arrange(*rows, tile=ROWS)
-  return places, block_tiles(places, ROWS, k.shape[2])
-
-
-def _groups(function, args):
-  """function(*args), lanes in as few groups as LIMIT allows."""
-  q, k, choice = args[0], args[-6], args[-4]
-  lanes, entries = q.shape[0], choice.shape[1] * choice.shape[2]
-  size = (entries + k.shape[1] * ROWS) * q.shape[2] * q.dtype.itemsize
-  most = max(LIMIT // size, 1)
-  some = max(x for x in range(1, lanes + 1) if lanes % x == 0 and x <= most)
-  if some == lanes:
-    return function(*args)
-  args = [x.reshape(-1, some, *x.shape[1:]) for x in args]
-  out = jax.lax.map(lambda args: function(*args), args)
-  return tuple(x.reshape(lanes, *x.shape[2:]) for x in out)
 
 
 def _longer(x, size):

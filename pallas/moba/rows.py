@@ -7,7 +7,7 @@ queries ascending.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Num
+from jaxtyping import Array, Int32, Num
 
 
 class Chunks(NamedTuple):
@@ -62,6 +62,18 @@ class Chunks(NamedTuple):
   def lanes(self, x: Num[Array, "b s k d"]) -> Num[Array, "l s d"]:
     """Keys or values of each lane."""
     return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+  def flat(
+    self, lane: Int32[Array, " l"], row: Int32[Array, "l e"]
+  ) -> Int32[Array, "l e"]:
+    """Where rows of lanes are in an array [b t n] that is laid flat.
+
+    A row past the last one is past the end of that array. There is one chunk.
+    """
+    batch, head = (x[:, None] for x in jnp.divmod(lane, self.heads))
+    query, member = jnp.divmod(row, self.group)
+    index = (batch * self.t + query) * self.n + head * self.group + member
+    return jnp.where(query < self.t, index, self.b * self.t * self.n)
 
   def each(self, x: Num[Array, "#b g"]) -> Num[Array, "l g"]:
     """What is of a batch row, for each lane."""

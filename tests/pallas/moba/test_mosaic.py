@@ -147,21 +147,22 @@ def test_lanes_come_in_groups(monkeypatch):
   """As many as the limit allows; the results are the same."""
   q, k, v, *_ = inputs(2, 70, 70, 2, 2, 16, dtype=jnp.bfloat16)
   f = functools.partial(moba, block=32, top_k=2, impl="mosaic")
-  counts = []
-  original = mosaic.arrange
+  counts, original = [], mosaic.block_tiles
 
-  def arrange(choice, *args, **kwargs):
-    counts.append(choice.shape[0])
-    return original(choice, *args, **kwargs)
+  def block_tiles(places, *args):
+    counts.append(places.row.shape[0])
+    return original(places, *args)
 
-  monkeypatch.setattr(mosaic, "arrange", arrange)
-  found = []
+  monkeypatch.setattr(mosaic, "block_tiles", block_tiles)
+  found, limits = [], (2**30, 2 * (140 * 2 + 3 * 64) * 64 * 2, 1)
   with interpreted():
-    for limit in (2**30, 2 * (140 + 3 * 64) * 64 * 2, 1):
+    for limit in limits:
       monkeypatch.setattr(mosaic, "LIMIT", limit)
       mosaic._walk.clear_cache()
+      mosaic._arrange.clear_cache()
       found.append(f(q, k, v))
   mosaic._walk.clear_cache()
+  mosaic._arrange.clear_cache()
   assert counts == [4, 2, 1]
   for x in found[1:]:
     np.testing.assert_array_equal(*(np.asarray(y) for y in (found[0], x)))

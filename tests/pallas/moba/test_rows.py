@@ -26,6 +26,14 @@ def test_a_row_is_a_query_and_a_head_of_the_group():
     lane, row = b * 2 + n // 2, t * 2 + n % 2
     np.testing.assert_array_equal(rows[lane, row], X[b, t, n])
   np.testing.assert_array_equal(parts.lanes(X[:, :, :2])[3], X[1, :, 1])
+  lane = jnp.array([3, 0], jnp.int32)
+  row = jnp.array([[9, 10, 0], [3, 10, 2]], jnp.int32)
+  flat = parts.flat(lane, row)
+  assert (flat[:, 1] == 40).all()
+  for i, j in ((0, 0), (0, 2), (1, 0), (1, 2)):
+    np.testing.assert_array_equal(
+      X.reshape(40, 3)[flat[i, j]], rows[lane[i], row[i, j]]
+    )
   each = parts.each(jnp.array([[1, 2], [3, 4]]))
   assert each.tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
   assert parts.each(jnp.array([[1]])).tolist() == [[1]] * 4
