@@ -40,11 +40,11 @@ class Needles:
     ... }
     >>> found = Needles(pairs=1)(row, np.random.default_rng(4))
     >>> print(bytes(found["tokens"].astype(np.uint8)).decode())
-    aaa
-    # key 9422 = 979741
-    <BLANKLINE>
-    # key 9422 = 979741
-    aaaaaaaaaaaaaaaaaaaa
+    aaaaaaaaaaaa
+    # key 9762 = 970286
+    aaaaaaaaa
+    # key 9762 = 970286
+    aa
     >>> float(found["weights"].sum())  # 64 targets, 2 lines of 21, 6 digits
     28.0
   """

@@ -1,8 +1,11 @@
 """Every block in the common suite; a new block is one entry."""
 
+import functools
+
 import jax
 import pytest
 
+from isthmus.attention import attention, moba
 from isthmus.nets import (
   Attention,
   Block,
@@ -17,6 +20,7 @@ from isthmus.nets import (
   SqueezeExcite,
   Stack,
 )
+from isthmus.nets.lm.hybrid import HybridDecoder, Layer, take_turns
 from isthmus.nets.vision.vit import ViT
 from isthmus.train.mesh import P
 from tests.nets import suite
@@ -59,6 +63,22 @@ def _decoder(dtype, dropout=0.0):
     scan=False,
     dtype=dtype,
     dropout=dropout,
+  )
+
+
+def _hybrid(dtype, dropout=0.0):
+  local = Layer(functools.partial(attention, window=(3, 0)))
+  # All three blocks: a choice between them may change with a rounding.
+  far = Layer(functools.partial(moba, block=2, top_k=3), rope=False, kconv=3)
+  return HybridDecoder(
+    vocab_size=40,
+    width=32,
+    depth=2,
+    num_heads=4,
+    num_kv_heads=2,
+    dtype=dtype,
+    dropout=dropout,
+    layers=take_turns(local, far, depth=2),
   )
 
 
@@ -144,6 +164,15 @@ BLOCKS = [
   Entry(
     name="decoder",
     build=_decoder,
+    inputs=_tokens,
+    output=(8, 6, 40),
+    wide=True,
+    rules=ATTENTION + MLP,
+    dropout=True,
+  ),
+  Entry(
+    name="hybrid_decoder",
+    build=_hybrid,
     inputs=_tokens,
     output=(8, 6, 40),
     wide=True,

@@ -11,6 +11,8 @@ from tests.train.recipes import suite
 
 RECIPES = [
   "hourglass_mlp",
+  "moba",
+  "moba_snr",
   "quickstart",
   "reversible_memory",
   "reversible_unet3d",
