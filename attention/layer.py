@@ -123,7 +123,7 @@ def check_cache(
         f"the layer reads a {kind.__name__}, not a {type(inner).__name__};"
         " use its init_cache"
       )
-    if isinstance(inner, KeyConvCache):
+    if kconv is not None and isinstance(inner, KeyConvCache):
       if inner.tail.shape[1] != kconv - 1:
         raise ValueError(
           f"kconv {kconv} meets a cache for {inner.tail.shape[1] + 1}"

