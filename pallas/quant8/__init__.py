@@ -1,0 +1,1 @@
+"""Eight bits a number: block-wise codes, and optimiser steps over them."""
