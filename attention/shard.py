@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from isthmus.pallas.flash.api import Extras
 
 #: Axes that divide rows and heads where nothing is said: `isthmus.train.mesh`
 #: has the same names.
 ROWS, HEADS = ("data", "fsdp"), ("model",)
+#: The axis that divides the tokens of a row.
+SEQ = "seq"
 
 
 class Axes(NamedTuple):
@@ -76,11 +78,7 @@ def choose(
   mesh = jax.sharding.get_abstract_mesh()
   for name in (*(named_rows or ()), *(named_heads or ())):
     _check_name(name, mesh)
-  free = {
-    name: size
-    for name, size in mesh.shape.items()
-    if size > 1 and _kind(mesh, name) == AxisType.Auto
-  }
+  free = _free(mesh)
   rows, heads = (
     tuple(x for x in names if x in free and x not in (taken or ()))
     for names, taken in (
@@ -103,6 +101,42 @@ def choose(
   if across % k:
     _check_divides("kv heads:", k, heads, free, "(None, ())")
   return Axes(rows, heads)
+
+
+def place(x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
+  """Activations where they belong: rows by `data` and `fsdp`, tokens by `seq`.
+
+  XLA would follow the parameters, which `fsdp` divides by width, and send
+  activations to and fro. An axis that the current mesh lacks, that is manual
+  or that doesn't divide is left out.
+
+  Example:
+    >>> place(jnp.ones((4, 8, 16))).shape  # no mesh
+    (4, 8, 16)
+  """
+  free = _free(jax.sharding.get_abstract_mesh())
+  spec = tuple(
+    _dividing(size, [name for name in names if name in free], free) or None
+    for size, names in zip(x.shape[:2], (ROWS, (SEQ,)), strict=True)
+  )
+  if spec == (None, None):
+    return x
+  return _constrain(x, PartitionSpec(*spec))
+
+
+def widen(x: Float[Array, "v m"]) -> Float[Array, "v m"]:
+  """A table whose columns no axis of the mesh divides; its rows as they are.
+
+  Rows that are looked up in it are divided otherwise than it is.
+
+  Example:
+    >>> widen(jnp.ones((16, 4))).shape  # no mesh
+    (16, 4)
+  """
+  if not _free(jax.sharding.get_abstract_mesh()):
+    return x
+  spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+  return _constrain(x, spec)
 
 
 def sharded(
@@ -285,6 +319,21 @@ def _check_divides(what, size, names, free, rest) -> None:
       f"{what} {size} is not a multiple of the {count} devices of mesh axis"
       f" {'+'.join(names)}; shard_axes={rest} leaves it whole"
     )
+
+
+# Outside of jit, jax can't constrain what lies on one device.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _constrain(x, spec):
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _free(mesh):
+  """Sizes of the axes that may divide something."""
+  return {
+    name: size
+    for name, size in mesh.shape.items()
+    if size > 1 and _kind(mesh, name) == AxisType.Auto
+  }
 
 
 def _kind(mesh, name):

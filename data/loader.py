@@ -49,6 +49,8 @@ class Loader:
     sharding: where `batch` puts the rows; its spec may shard the leading
       axis only, e.g. NamedSharding(mesh, P(("data", "fsdp"))). A process
       loads the rows of its own devices.
+    arrange: a pure function of stacked rows, each by itself, applied last; it
+      may change the fields, such as the order of the tokens in a row.
     prefetch: batches made ahead by a background thread.
     threads: read and transform the examples of a batch in that many threads;
       0 for none. Worth it where the work releases the GIL (image decoding).
@@ -74,6 +76,7 @@ class Loader:
   shuffle: bool = True
   transform: Transform | None = None
   sharding: jax.sharding.Sharding | None = None
+  arrange: Callable[[Example], Example] | None = None
   prefetch: int = 2
   threads: int = 0
 
@@ -193,6 +196,10 @@ class Loader:
     return ThreadPoolExecutor(self.threads, "isthmus-examples").map
 
   def _load(self, positions: np.ndarray) -> Example:
+    rows = self._stacked(positions)
+    return rows if self.arrange is None else self.arrange(rows)
+
+  def _stacked(self, positions: np.ndarray) -> Example:
     epochs, indices = self._locate(positions)
     take = getattr(self.source, "take", None)
     several = getattr(self.source, "__getitems__", None)

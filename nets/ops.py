@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from isthmus.attention.shard import place, widen
 from isthmus.pallas.precision import accumulator, dot
 
 # Up to this many rows a table's gradient is a matmul with one-hot rows; above
@@ -21,6 +22,8 @@ def embed_lookup(
 ) -> Float[Array, "b t m"]:
   """Rows of a table: `x_bt = table[tokens_bt]`.
 
+  On a mesh they lie where `isthmus.attention.shard.place` puts them.
+
   Args:
     table: one row a token of the vocabulary.
     tokens: ids in [0, v); an id outside gives NaN.
@@ -33,7 +36,7 @@ def embed_lookup(
     >>> embed_lookup(table, jnp.array([[2, 0]])).tolist()
     [[[2.0, 2.5], [0.0, 0.5]]]
   """
-  return jnp.take(table, tokens, axis=0, mode="fill")
+  return place(jnp.take(widen(table), place(tokens), axis=0, mode="fill"))
 
 
 def _embed_forward(table, tokens):
@@ -44,16 +47,18 @@ def _embed_forward(table, tokens):
 def _embed_backward(residuals, dx):
   tokens, like = residuals
   rows, dtype = like.shape[0], like.dtype
-  ids, dx = tokens.reshape(-1), dx.reshape(-1, dx.shape[-1])
+  # Rows and tokens stay two axes: a mesh may divide both.
+  tokens, dx = place(tokens), place(dx)
   wide = accumulator(dx.dtype)
   if rows <= _ONE_HOT_ROWS:
-    hot = jax.nn.one_hot(ids, rows, dtype=dx.dtype)
+    hot = jax.nn.one_hot(tokens, rows, dtype=dx.dtype)
     # One-hot rows are exact in any dtype; float32 rows would be rounded to
     # TF32 on a GPU.
     exact = jax.lax.Precision.HIGHEST if dx.dtype == wide else None
-    table = dot("xv,xm->vm", hot, dx, precision=exact)
+    table = dot("btv,btm->vm", hot, dx, precision=exact)
   else:
-    table = jnp.zeros((rows, dx.shape[-1]), wide).at[ids].add(dx.astype(wide))
+    table = jnp.zeros((rows, dx.shape[-1]), wide)
+    table = table.at[tokens].add(dx.astype(wide))
   return table.astype(dtype), None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from isthmus.data.loader import Loader
-from isthmus.train import log, mesh, stop
+from isthmus.train import log, mesh, sequence, stop
 from isthmus.train.ckpt import Checkpointer
 from isthmus.train.config import ConfigError
 from isthmus.train.speed import Speed
@@ -59,12 +59,14 @@ class Run:
     self.job = job
     self.mesh = job.mesh.build()
     rows = NamedSharding(self.mesh, mesh.ROWS)
+    arrange = sequence.arrangement(job, self.mesh)
     self.train = Loader(
       job.data.open("train"),
       batch_size=job.batch_size,
       seed=job.seed,
       transform=job.transform,
       sharding=rows,
+      arrange=arrange,
     )
     self.eval = None
     if job.eval_every != 0:
@@ -74,13 +76,12 @@ class Run:
         seed=job.seed,
         shuffle=False,
         sharding=rows,
+        arrange=arrange,
       )
-    example = self.train.source[0]
+    one = {k: np.asarray(v)[None] for k, v in self.train.source[0].items()}
     self.batch = {
-      k: jax.ShapeDtypeStruct(
-        (job.batch_size, *np.shape(v)), np.asarray(v).dtype
-      )
-      for k, v in example.items()
+      k: jax.ShapeDtypeStruct((job.batch_size, *v.shape[1:]), v.dtype)
+      for k, v in (one if arrange is None else arrange(one)).items()
     }
     tx = job.transformation()
     self._init = make_init(
@@ -88,6 +89,8 @@ class Run:
     )
     with jax.set_mesh(self.mesh):
       shapes = jax.eval_shape(self._init)
+      if arrange is not None:
+        sequence.check(job, shapes, self.batch)
     self.shardings = mesh.shardings(shapes, job.rules, self.mesh)
     self.target = mesh.structs(shapes, self.shardings)
     copied = NamedSharding(self.mesh, PartitionSpec())

@@ -5,7 +5,8 @@ Axis names are the same everywhere in the library:
 * `data`: rows of the batch; parameters are copied.
 * `fsdp`: rows of the batch; parameters are split and gathered when used.
 * `model`: the width of the layers (tensor parallelism).
-* `seq`: the tokens of a sequence.
+* `seq`: the tokens of a sequence; attention goes round its devices. Tasks that
+  can be divided so have a method `divide`, see `isthmus.train.sequence`.
 """
 
 import dataclasses

@@ -17,7 +17,9 @@ from isthmus.attention.shard import (
   Axes,
   attend_sharded,
   choose,
+  place,
   sharded,
+  widen,
 )
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.lists import Lists
@@ -382,3 +384,40 @@ def test_sharded_copies_axes_of_size_one():
     call = (add, (x, y), ("b.n", "b.k"), "b.n")
     out = sharded(*call, sizes=(4, 4, 4))
   np.testing.assert_array_equal(out, x + y)
+
+
+def test_place():
+  """Rows by the batch axes, tokens by seq, where they divide; also eagerly."""
+  x = jnp.ones((4, 6, 8))
+  assert place(x) is x and widen(x[0]).sharding == x.sharding
+  with jax.set_mesh(mesh(data=2, fsdp=2, seq=2)):
+    assert place(x).sharding.spec == P(("data", "fsdp"), "seq")
+    assert jax.jit(place)(x).sharding.spec == P(("data", "fsdp"), "seq")
+    assert place(x[:2, :3]).sharding.spec == P("data")
+    one = x[:1, :3]
+    assert place(one) is one
+  with jax.set_mesh(mesh(model=4)):
+    assert place(x) is x
+
+  @jax.shard_map(
+    mesh=mesh(data=2, seq=2),
+    in_specs=P("data", "seq"),
+    out_specs=P("data", "seq"),
+    check_vma=False,
+  )
+  def inside(x):
+    return place(x) + widen(x[0])
+
+  np.testing.assert_array_equal(jax.jit(inside)(x), x + 1)
+
+
+def test_widen():
+  """Columns are whole; rows stay divided."""
+  place_ = mesh(fsdp=2, model=2)
+  table = jax.device_put(
+    jnp.arange(32.0).reshape(8, 4), NamedSharding(place_, P("model", "fsdp"))
+  )
+  with jax.set_mesh(place_):
+    got = jax.jit(widen)(table)
+  assert got.sharding.spec == P("model")
+  np.testing.assert_array_equal(got, table)

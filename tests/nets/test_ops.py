@@ -1,13 +1,18 @@
 """Lookups and projections against plain indexing and matmuls."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from isthmus.nets import ops
 from isthmus.nets.ops import embed_lookup, project
 from isthmus.pallas import precision
+from isthmus.train.mesh import Mesh
 
 
 @pytest.mark.parametrize("one_hot", [True, False])
@@ -23,6 +28,34 @@ def test_lookup_and_its_gradient(one_hot, monkeypatch):
   np.testing.assert_allclose(pull(do)[0], expected, rtol=1e-6)
   text = str(jax.make_jaxpr(pull)(do))
   assert ("scatter" in text) != one_hot and ("dot_general" in text) == one_hot
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_lookup_on_a_mesh(one_hot, monkeypatch):
+  """The table is gathered, and its gradient summed; no activation is sent."""
+  monkeypatch.setattr(ops, "_ONE_HOT_ROWS", 100 if one_hot else 0)
+  table = jax.random.normal(jax.random.key(0), (10, 4))
+  tokens = jax.random.randint(jax.random.key(1), (8, 6), 0, 10)
+  do = jax.random.normal(jax.random.key(2), (8, 6, 4))
+
+  def run(table, tokens, do):
+    x, pull = jax.vjp(lambda w: embed_lookup(w, tokens), table)
+    return x, pull(do)[0]
+
+  want = jax.jit(run)(table, tokens, do)
+  mesh = Mesh(data=2, fsdp=2, seq=2).build()
+  specs = P(None, "fsdp"), P(("data", "fsdp")), P(("data", "fsdp"), "seq")
+  args = [
+    jax.device_put(x, NamedSharding(mesh, spec))
+    for x, spec in zip((table, tokens, do), specs, strict=True)
+  ]
+  with jax.set_mesh(mesh):
+    call = jax.jit(run).lower(*args).compile()
+  for x, y in zip(call(*args), want, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  text = call.as_text()
+  gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
+  assert gathered == ["f32[10,4]"] and "all-to-all" not in text
 
 
 @pytest.mark.parametrize("one_hot", [True, False])

@@ -1,15 +1,23 @@
 """Next-token prediction on packed rows of text."""
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from isthmus.train.mesh import ROWS
+from isthmus.attention.layer import parts
+from isthmus.attention.sdpa import attention
+from isthmus.attention.sequence import sequence_attention
+from isthmus.attention.shard import place
+from isthmus.attention.zigzag import Layout, zigzag, zigzag_positions
+from isthmus.data.source import Example
+from isthmus.nets.transformer import Decoder
 from isthmus.train.tasks.task import Aux, Batch, Sums
 
 
@@ -36,10 +44,17 @@ class NextToken:
   (see `isthmus.data.text`). Evaluation gives `loss` in nats a token and
   `bits_per_byte`, nats over (bytes the tokens stand for) ln 2.
 
+  On a mesh whose axis `seq` has several devices each has some tokens of a row,
+  and attention goes round them (`isthmus.attention.ring_attention`). Then a
+  batch, which `divide` has arranged in the loader, holds `tokens`, `targets`,
+  `segment_ids` and `weights` [b, t] in the order of the layout.
+
   Attributes:
     z_loss: weight of `logsumexp(logits)^2`, which keeps the normaliser near
       zero; 0 leaves it out.
     segments: False lets attention cross documents packed into one row.
+    schedule: what the devices of `seq` send each other, see `ring_attention`.
+    layout: which tokens each of them has; "zigzag" gives all the same work.
 
   Example:
     >>> from isthmus.nets.transformer import Decoder
@@ -61,17 +76,40 @@ class NextToken:
 
   z_loss: float = 0.0
   segments: bool = True
+  schedule: Literal[
+    "auto", "kv_ring", "kv_ring_bidir", "token_ring", "all_gather", "ulysses"
+  ] = "auto"
+  layout: Layout = "zigzag"
 
   def init(self, model: nn.Module, batch: Batch, key: PRNGKeyArray):
     """The model's variables, of a row's length."""
-    return model.init(key, batch["tokens"][:, :-1])
+    return model.init(key, _fields(batch)[0])
+
+  def divide(
+    self, model: nn.Module, devices: int
+  ) -> Callable[[Example], Example]:
+    """What arranges rows for so many devices of the axis `seq`, in a loader.
+
+    Raises:
+      ValueError: a model whose tokens meet otherwise than in `attention`; when
+        called, rows that the devices don't divide.
+    """
+    _divided(model, devices)
+    return functools.partial(arrange, devices=devices, layout=self.layout)
 
   def _logits(self, model, params, mutables, batch, **kwargs):
-    tokens, segments = batch["tokens"], batch["segment_ids"]
+    tokens, _, segments = _fields(batch)
+    devices = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
+    if devices > 1:
+      arranged = self.layout if "targets" in batch else "contiguous"
+      model = _divided(model, devices, schedule=self.schedule, layout=arranged)
+      if arranged == "zigzag":
+        positions = zigzag_positions(tokens.shape[1], devices)
+        kwargs["positions"] = jnp.asarray(positions)[None]
     return model.apply(
       {"params": params, **mutables},
-      _split(tokens[:, :-1]),
-      segment_ids=_split(segments[:, :-1]) if self.segments else None,
+      place(tokens),
+      segment_ids=place(segments) if self.segments else None,
       **kwargs,
     )
 
@@ -94,7 +132,7 @@ class NextToken:
       mutable=list(mutables),
     )
     weights = batch["weights"].astype(jnp.float32)
-    nats = cross_entropy(logits, batch["tokens"][:, 1:])
+    nats = cross_entropy(logits, _fields(batch)[1])
     total = jnp.maximum(weights.sum(), 1e-12)
     loss = jnp.sum(nats * weights) / total
     metrics = {}
@@ -113,7 +151,7 @@ class NextToken:
     logits, _ = self._logits(model, params, mutables, batch, train=False)
     valid = batch["valid"].astype(jnp.float32)
     weights = batch["weights"].astype(jnp.float32) * valid[:, None]
-    nats = cross_entropy(logits, batch["tokens"][:, 1:])
+    nats = cross_entropy(logits, _fields(batch)[1])
     return {
       "nats": jnp.sum(nats * weights),
       "tokens": weights.sum(),
@@ -137,9 +175,77 @@ class NextToken:
     return "tokens", tokens, tokens * flops(length) if flops else math.nan
 
 
-def _split(x: Int[Array, "b t"]) -> Int[Array, "b t"]:
-  """Rows over the batch axes and tokens over `seq`, if the mesh has those."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or "seq" not in mesh.axis_names:
-    return x
-  return jax.lax.with_sharding_constraint(x, jax.P(*ROWS, "seq"))
+def arrange(rows: Example, *, devices: int, layout: Layout) -> Example:
+  """Rows of `isthmus.data.text` as the axis `seq` divides them.
+
+  Args:
+    rows: `tokens` and `segment_ids` [b, t+1], `weights` [b, t], and fields
+      without tokens, which stay.
+    devices: of the axis.
+    layout: "zigzag" or "contiguous".
+
+  Returns:
+    `tokens`, `targets`, `segment_ids` and `weights` [b, t] in that order.
+
+  Raises:
+    ValueError: rows that the devices don't divide.
+
+  Example:
+    >>> import numpy as np
+    >>> rows = {"tokens": np.arange(9)[None], "weights": np.ones((1, 8))}
+    >>> rows["segment_ids"] = np.ones((1, 9), np.int32)
+    >>> made = arrange(rows, devices=2, layout="zigzag")
+    >>> made["tokens"].tolist(), made["targets"].tolist()
+    ([[0, 1, 6, 7, 2, 3, 4, 5]], [[1, 2, 7, 8, 3, 4, 5, 6]])
+  """
+  tokens, targets, segments = _fields(rows)
+  length, parts = tokens.shape[1], devices * (1 + (layout == "zigzag"))
+  if length % parts:
+    raise ValueError(
+      f"mesh.seq is {devices}, and rows of {length} tokens are not a multiple "
+      f"of {parts}, as task.layout={layout} needs; change data.seq_len"
+    )
+  fields = {
+    "tokens": tokens,
+    "targets": targets,
+    "segment_ids": segments,
+    "weights": rows["weights"],
+  }
+  if layout == "zigzag":
+    fields = {name: zigzag(x, devices) for name, x in fields.items()}
+  return {**rows, **fields}
+
+
+def _fields(batch):
+  """(tokens, targets, segment ids) [b, t], of either kind of batch."""
+  tokens, segments = batch["tokens"], batch["segment_ids"]
+  if "targets" in batch:
+    return tokens, batch["targets"], segments
+  return tokens[:, :-1], tokens[:, 1:], segments[:, :-1]
+
+
+def _divided(model: Any, devices: int, **settings: Any) -> Any:
+  """The model with its attention divided over the devices of `seq`."""
+  if type(model) is not Decoder:
+    raise ValueError(
+      f"mesh.seq is {devices}, and model is a {type(model).__name__}: of a "
+      "Decoder it is known that tokens meet in attention only"
+    )
+  function, bound = parts(model.attend)
+  if function is not attention:
+    name = getattr(function, "__name__", function)
+    raise ValueError(
+      f"mesh.seq is {devices}, and model.attend is {name}: only attention is "
+      "divided"
+    )
+  if unknown := bound.keys() - _BOUND:
+    raise ValueError(
+      f"mesh.seq is {devices}, and model.attend has {', '.join(unknown)}: "
+      "divided, it has none"
+    )
+  attend = functools.partial(sequence_attention, **settings, **bound)
+  return model.clone(attend=attend)
+
+
+# Of `attention`, what a model may bind and still be divided.
+_BOUND = {"window", "scale", "softcap", "shard_axes", "impl"}

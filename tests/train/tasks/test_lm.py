@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isthmus.train.tasks.lm import NextToken, cross_entropy
+from isthmus.attention.zigzag import zigzag
+from isthmus.nets.transformer import Decoder
+from isthmus.train.tasks.lm import NextToken, arrange, cross_entropy
 
 
 class Bigram(nn.Module):
@@ -101,3 +103,37 @@ def test_throughput_uses_the_models_formula():
   shapes = {"weights": (4, 8), "tokens": (4, 9)}
   assert NextToken().throughput(Counted(), shapes) == ("tokens", 32, 32 * 56.0)
   assert math.isnan(NextToken().throughput(Bigram(), shapes)[2])
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_arranged_rows_hold_the_same(layout):
+  """Each token beside its target, weight and document; the loss is the same."""
+  batch = {k: np.asarray(v) for k, v in _batch().items()}
+  made = arrange(batch, devices=2, layout=layout)
+  turn = (lambda x: zigzag(x, 2)) if layout == "zigzag" else (lambda x: x)
+  np.testing.assert_array_equal(made["tokens"], turn(batch["tokens"][:, :-1]))
+  np.testing.assert_array_equal(made["targets"], turn(batch["tokens"][:, 1:]))
+  np.testing.assert_array_equal(made["weights"], turn(batch["weights"]))
+  assert made["num_bytes"] is batch["num_bytes"]
+  task, key = NextToken(), jax.random.key(0)
+  batch, made = (jax.tree.map(jnp.asarray, x) for x in (batch, made))
+  params = task.init(Bigram(), made, key)["params"]  # of tokens one by one
+  want, got = (
+    task.loss(Bigram(), params, {}, x, key)[0] for x in (batch, made)
+  )
+  assert float(got) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_rows_that_devices_do_not_divide():
+  batch = {k: np.asarray(v) for k, v in _batch().items()}
+  for layout, devices, parts in (("zigzag", 3, 6), ("contiguous", 3, 3)):
+    words = f"mesh.seq is 3, and rows of 8 tokens are not a multiple of {parts}"
+    with pytest.raises(ValueError, match=words):
+      arrange(batch, devices=devices, layout=layout)
+
+
+def test_only_known_models_are_divided():
+  with pytest.raises(ValueError, match="model is a Bigram"):
+    NextToken().divide(Bigram(), 2)
+  model = Decoder(vocab_size=5, width=8, depth=1, num_heads=2)
+  assert NextToken().divide(model, 2)(_batch())["targets"].shape == (3, 8)
