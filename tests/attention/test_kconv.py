@@ -10,6 +10,8 @@ from isthmus.attention import EMPTY, KVCache
 from isthmus.attention.kconv import KeyConv, KeyConvCache, extend_kconv, kconv
 from tests.attention.oracle import segments
 
+pytestmark = pytest.mark.once
+
 
 def inputs(t, w, b=2, heads=3, d=4):
   one, other = jax.random.split(jax.random.key(t + w))

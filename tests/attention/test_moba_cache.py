@@ -10,6 +10,8 @@ import pytest
 from isthmus.attention import EMPTY, KVCache
 from isthmus.attention.moba_cache import MobaCache, is_lost
 
+pytestmark = pytest.mark.once
+
 K = jax.random.normal(jax.random.key(0), (2, 9, 2, 4))
 V = jax.random.normal(jax.random.key(1), (2, 9, 2, 3))
 

@@ -13,6 +13,8 @@ from isthmus.attention.moba_decode import moba_decode, moba_prefill
 from tests.attention.oracle import inputs
 from tests.nets import suite
 
+pytestmark = pytest.mark.once
+
 T = 23
 
 

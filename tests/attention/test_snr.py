@@ -14,6 +14,8 @@ from isthmus.attention.snr import (
   signal_to_noise,
 )
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 
 

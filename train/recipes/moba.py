@@ -11,9 +11,8 @@ Reproduced: the paper's hybrid at equal tokens: every other layer has a window
   depths of 8K bytes.
 Simplified: bytes of Python's library instead of FineWeb-Edu, which makes eleven
   passes over 10 MB; 85 million parameters and 105 million bytes instead of 340
-  million and 100 billion tokens. Half of the training rows hold needles, for
-  models of this size don't learn to look for them by themselves. `full` has
-  not been run.
+  million and 100 billion tokens. Half of the training rows hold needles, so
+  that models of this size learn to look for them. `full` has not been run.
 Command: python -m train.main --config moba
 Claim: smaller blocks and convolved keys make block routing as good as dense
   attention, in loss and in retrieval; paper's claim
