@@ -15,6 +15,9 @@ else:
   from isthmus.attention.merge import add_sinks, merge
   from isthmus.attention.moba import moba
   from isthmus.attention.module import Attention
+  from isthmus.attention.permute import pbs_attention
+  from isthmus.attention.proxy import proxy_attention
+  from isthmus.attention.reshape import rettention
   from isthmus.attention.ring import ring_attention
   from isthmus.attention.schedule import choose_schedule
   from isthmus.attention.sdpa import attention, explain, report, save_attention
@@ -33,7 +36,10 @@ else:
     "explain",
     "merge",
     "moba",
+    "pbs_attention",
+    "proxy_attention",
     "report",
+    "rettention",
     "ring_attention",
     "save_attention",
   ]

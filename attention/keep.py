@@ -1,0 +1,99 @@
+"""Which blocks to keep: the best ones, by mass or by number.
+
+A sort would find them too. What is done instead takes the same few passes
+over the scores whatever their number: the bits of floats that are not
+negative rise with their values, so that the least value kept is found bit by
+bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+
+def keep_best(
+  score: Float[Array, "*lead m"],
+  weight: Num[Array, "*#lead #m"],
+  target: Num[Array, "*#lead"],
+  allowed: Bool[Array, "*#lead m"] | None = None,
+) -> Bool[Array, "*lead m"]:
+  """The fewest of the best whose weights add up to `target`.
+
+  In the order of falling scores, of equal ones the first ahead, it is the
+  shortest start with `sum weight >= target`; all that are allowed if their sum
+  is less.
+
+  Args:
+    score: not negative.
+    weight: of each, not negative.
+    target: what the weights kept must reach; none are kept if it is <= 0.
+    allowed: what may be kept; default all.
+
+  Example:
+    >>> score = jnp.array([0.1, 0.4, 0.3, 0.2])
+    >>> keep_best(score, score, jnp.array(0.6)).tolist()
+    [False, True, True, False]
+    >>> keep_best(score, jnp.ones(4), jnp.array(3.0)).tolist()
+    [False, True, True, True]
+  """
+  bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+  if allowed is None:
+    allowed = jnp.ones_like(bits, bool)
+  # Those of -0 are a negative number's.
+  bits = jnp.where(allowed, jnp.maximum(bits, 0), -1)
+  weight = jnp.broadcast_to(weight, bits.shape)
+  weight = jnp.where(allowed, weight, jnp.zeros_like(weight))
+  target = jnp.broadcast_to(target, bits.shape[:-1])
+
+  def enough(least):
+    kept = jnp.where(bits >= least[..., None], weight, 0)
+    return jnp.sum(kept, axis=-1) >= target
+
+  def settle(i, least):
+    """The largest number whose bits above the i-th are known."""
+    raised = least | (jnp.int32(1) << (30 - i).astype(jnp.int32))
+    return jnp.where(enough(raised), raised, least)
+
+  least = jax.lax.fori_loop(0, 31, settle, jnp.zeros_like(bits[..., 0]))
+  # Of those at the least value, as many as are wanted still.
+  above, equal = bits > least[..., None], bits == least[..., None]
+  have = jnp.sum(jnp.where(above, weight, 0), axis=-1, keepdims=True)
+  equal_weight = jnp.where(equal, weight, 0)
+  before = have + jnp.cumsum(equal_weight, axis=-1) - equal_weight
+  kept = above | (equal & (before < target[..., None]))
+  return kept & (target > 0)[..., None]
+
+
+def keep_mass(
+  score: Float[Array, "*lead m"],
+  threshold: float,
+  allowed: Bool[Array, "*#lead m"],
+) -> Bool[Array, "*lead m"]:
+  """The fewest blocks with `threshold` of the softmax's mass.
+
+  `p_j = exp(x_j) / sum_j exp(x_j)` over what is allowed, in float32; kept are
+  the largest until their sum is `threshold`, or all.
+
+  Args:
+    score: logits x.
+    threshold: in (0, 1]; 1 keeps all that is allowed.
+    allowed: what may be kept.
+
+  Raises:
+    ValueError: a threshold outside of (0, 1].
+
+  Example:
+    >>> score = jnp.log(jnp.array([0.1, 0.5, 0.15, 0.25]))
+    >>> keep_mass(score, 0.7, jnp.ones(4, bool)).tolist()
+    [False, True, False, True]
+  """
+  if not 0 < threshold <= 1:
+    raise ValueError(f"the threshold is {threshold}, not in (0, 1]")
+  if threshold == 1:
+    return jnp.broadcast_to(allowed, score.shape)
+  score = jnp.where(allowed, score.astype(jnp.float32), -jnp.inf)
+  top = jnp.max(score, axis=-1, keepdims=True)
+  p = jnp.exp(score - jnp.where(jnp.isneginf(top), 0.0, top))
+  total = jnp.sum(p, axis=-1, keepdims=True)
+  p = p / jnp.where(total == 0, 1.0, total)
+  return keep_best(p, p, jnp.float32(threshold), allowed)

@@ -1,0 +1,220 @@
+"""PBS-Attn: keys are put in another order before their blocks are chosen.
+
+Within segments of some blocks, keys that matter are brought together, so that
+fewer blocks hold what is to be kept. Attention over the chosen blocks is exact:
+each key keeps its position, which causality is told by.
+
+A choice for early queries looks at the last ones: this is for the prefill of
+models that exist, not for training.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from isthmus.attention.block_mask import BlockMask
+from isthmus.attention.keep import keep_mass
+from isthmus.attention.last import last_importance
+from isthmus.attention.pooling import block_scores, pool_blocks
+from isthmus.attention.sdpa import attention, check_shapes
+
+
+def key_order(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  block: int = 128,
+  segment: int = 256,
+  scale: float | None = None,
+) -> Int32[Array, "b k s"]:
+  """Within each whole segment, keys by falling importance to the last queries.
+
+  The importance of a key is its mean share of the softmax of the last `block`
+  queries, over the keys of whole segments, without a causal mask; of a kv
+  head, the mean over its query heads. Of equal ones the earlier key comes
+  first. Keys past the last whole segment stay.
+
+  Args:
+    q, k: of self-attention, t == s.
+    block: how many queries tell.
+    segment: keys among which the order changes.
+    scale: of the logits, default d ** -0.5.
+
+  Returns:
+    `order[j]`, the key that comes j-th.
+
+  Example:
+    >>> k = jnp.array([1.0, 5, 2, 3, 0]).reshape(1, 5, 1, 1)
+    >>> key_order(jnp.ones_like(k), k, block=1, segment=2).tolist()
+    [[[1, 0, 3, 2, 4]]]
+  """
+  (b, t, n, _), heads = q.shape, k.shape[2]
+  whole = t // segment * segment
+  index = jnp.arange(t, dtype=jnp.int32)
+  if not whole:
+    return jnp.broadcast_to(index, (b, heads, t))
+  found = last_importance(
+    q, k, rows=block, keys=whole, causal=False, scale=scale
+  )
+  found = found.reshape(b, heads, n // heads, -1, segment).mean(axis=2)
+  # Stable, so that of equal ones the first comes first.
+  order = jnp.argsort(-found, axis=-1).astype(jnp.int32)
+  order = order + index[:whole:segment, None]
+  order = order.reshape(b, heads, whole)
+  tail = jnp.broadcast_to(index[whole:], (b, heads, t - whole))
+  return jnp.concatenate([order, tail], axis=-1)
+
+
+def reorder(
+  x: Float[Array, "b s k d"], order: Int32[Array, "b k s"]
+) -> Float[Array, "b s k d"]:
+  """x with its tokens in another order, by head.
+
+  Example:
+    >>> x = jnp.array([5.0, 6, 7]).reshape(1, 3, 1, 1)
+    >>> reorder(x, jnp.array([[[2, 0, 1]]])).ravel().tolist()
+    [7.0, 5.0, 6.0]
+  """
+  index = jnp.swapaxes(order, 1, 2)[..., None]
+  return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
+
+
+def pbs_select(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  block: int = 128,
+  segment: int = 256,
+  threshold: float = 0.9,
+  sink: bool = True,
+  order: Int32[Array, "b k s"] | None = None,
+  scale: float | None = None,
+) -> tuple[BlockMask, Int32[Array, "b k s"]]:
+  """The blocks that PBS-Attn keeps, of keys in its order.
+
+  Of the blocks in segments before a query block's own, the fewest with
+  `threshold` of the mass of a softmax over the products of mean queries and
+  mean keys; all blocks of its own segment; and, with `sink`, the block that
+  holds the first token.
+
+  Args:
+    q, k: of causal self-attention, t == s.
+    block: tokens of a block.
+    segment: keys within which the order changes; a multiple of `block`.
+    threshold: in (0, 1]; 1 keeps everything.
+    sink: whether each query block reads the block of the first token.
+    order: of keys; default `key_order`.
+    scale: of the logits, default d ** -0.5.
+
+  Returns:
+    (mask, order): `mask` is of keys reordered, whose positions are `order`.
+
+  Raises:
+    ValueError: lengths that differ, a segment that is no multiple of `block`,
+      a threshold outside of (0, 1].
+
+  Example:
+    >>> q = k = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+    >>> mask, order = pbs_select(q, k, block=8, segment=16)
+    >>> mask.lengths, order.shape
+    ((64, 64), (1, 2, 64))
+  """
+  check_shapes(q, k, k)
+  (_, t, n, d), heads = q.shape, k.shape[2]
+  if t != k.shape[1]:
+    raise ValueError(
+      f"{t} queries and {k.shape[1]} keys; there must be as many"
+    )
+  if block < 1 or segment % block:
+    raise ValueError(
+      f"the segment is {segment} tokens, not a multiple of the block, {block}"
+    )
+  scale = d**-0.5 if scale is None else scale
+  if order is None:
+    order = key_order(q, k, block=block, segment=segment, scale=scale)
+  means = pool_blocks(q, block), pool_blocks(reorder(k, order), block)
+  score = block_scores(*means, scale)
+  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  part = index // (segment // block)
+  past = part < part[:, None]
+  kept = keep_mass(score, threshold, past) | (part == part[:, None])
+  if sink:
+    first = jnp.argmax(order == 0, axis=-1) // block  # [b k]
+    first = jnp.repeat(first, n // heads, axis=1)[:, :, None, None]
+    kept = kept | (index == first)
+  # What is after a query's own segment is none of its keys.
+  kept = kept & (part <= part[:, None])
+  mask = BlockMask.from_blocks(
+    kept, block=(block, block), q_length=t, kv_length=t
+  )
+  return mask, order
+
+
+def pbs_attention(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  *,
+  block: int = 128,
+  segment: int = 256,
+  threshold: float = 0.9,
+  sink: bool = True,
+  permute: str = "kv_head",
+  scale: float | None = None,
+  return_lse: bool = False,
+  impl: Any = None,
+) -> Any:
+  """Causal attention over the blocks of `pbs_select`.
+
+  Not to be trained with: the choice for a query depends on later ones.
+
+  Args:
+    q, k, v: of self-attention; t == s.
+    block, segment, threshold, sink, scale: as in `pbs_select`.
+    permute: "kv_head", an order of keys for each kv head, or "head", one for
+      each query head, as the paper has it: keys and values are then repeated.
+    return_lse, impl: as in `attention`.
+
+  Returns:
+    As `attention`.
+
+  Raises:
+    ValueError: as `pbs_select`; another `permute`.
+
+  Example:
+    >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+    >>> o = pbs_attention(q, k, v, block=8, segment=16, threshold=1)
+    >>> bool(jnp.allclose(o, attention(q, k, v, causal=True), atol=1e-5))
+    True
+
+  Reference: PBS-Attn, https://arxiv.org/abs/2510.21270.
+  """
+  check_shapes(q, k, v)
+  if permute not in ("kv_head", "head"):
+    raise ValueError(f"permute is {permute!r}, not 'kv_head' or 'head'")
+  if permute == "head":
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  settings: dict[str, Any] = {"causal": True, "scale": scale, "impl": impl}
+  settings["return_lse"] = return_lse
+  if q.shape[1] <= segment and q.shape[1] == k.shape[1]:
+    return attention(q, k, v, **settings)
+  mask, order = pbs_select(
+    q,
+    k,
+    block=block,
+    segment=segment,
+    threshold=threshold,
+    sink=sink,
+    scale=scale,
+  )
+  mask, order = jax.lax.stop_gradient((mask, order))
+  return attention(
+    q,
+    reorder(k, order),
+    reorder(v, order),
+    mask=mask,
+    kv_positions=order,
+    **settings,
+  )

@@ -1,0 +1,180 @@
+"""Plain ways to choose blocks, beside which PBS-Attn and ProxyAttn stand.
+
+Each takes queries and keys of causal self-attention and gives a `BlockMask`.
+But for the window, a choice for early queries may look at later ones of their
+block: they are for the prefill of models that exist, not for training.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from isthmus.attention.block_mask import BlockMask
+from isthmus.attention.keep import keep_best, keep_mass
+from isthmus.attention.pooling import block_scores, pool_blocks, tile_softmax
+from isthmus.attention.sdpa import check_shapes
+
+
+def pooled_select(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  block: int = 128,
+  threshold: float | None = 0.9,
+  top_k: int | None = None,
+  sink: bool = True,
+  scale: float | None = None,
+) -> BlockMask:
+  """Blocks by the products of mean queries and mean keys.
+
+  Of the blocks before its own a query block keeps the fewest with `threshold`
+  of their softmax's mass, or the `top_k - 1` best; and its own.
+
+  Args:
+    q, k: t == s.
+    block: tokens of a block.
+    threshold: in (0, 1], or None.
+    top_k: blocks, the own one among them; then `threshold` is None.
+    sink: whether each keeps the first block too.
+    scale: of the logits, default d ** -0.5.
+
+  Raises:
+    ValueError: lengths that differ; both of `threshold` and `top_k`, or none.
+
+  Example:
+    >>> q = k = jnp.ones((1, 64, 2, 8))
+    >>> mask = pooled_select(q, k, block=8, threshold=None, top_k=2, sink=False)
+    >>> print(mask.density)
+    0.234375
+  """
+  t = _length(q, k)
+  if (threshold is None) == (top_k is None):
+    raise ValueError(
+      f"threshold is {threshold} and top_k {top_k}; one of them is wanted"
+    )
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  score = block_scores(pool_blocks(q, block), pool_blocks(k, block), scale)
+  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  past = index < index[:, None]
+  if top_k is None:
+    kept = keep_mass(score, threshold, past)
+  else:
+    # Positive, in the same order: bits are compared.
+    least = jnp.min(score, axis=-1, keepdims=True)
+    count = jnp.array([top_k - 1], jnp.int32)
+    one = jnp.ones((1,), jnp.int32)
+    kept = keep_best(score - least, one, count, past)
+  return _mask(kept, t, block, sink)
+
+
+def window_select(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  window: int,
+  sink: int = 128,
+  block: int = 128,
+) -> BlockMask:
+  """The blocks of the last `window` keys, and of the first `sink` ones.
+
+  Args:
+    q, k: t == s; nothing but their lengths matters.
+    window: keys before the first query of a block.
+    sink: keys at the start.
+    block: tokens of a block.
+
+  Raises:
+    ValueError: lengths that differ.
+
+  Example:
+    >>> q = k = jnp.ones((1, 8, 1, 4))
+    >>> mask = window_select(q, k, window=1, sink=2, block=2)
+    >>> print(mask.to_dense()[0, 0, -1].astype(int))
+    [1 1 0 0 1 1 1 1]
+  """
+  t = _length(q, k)
+  index = jnp.arange(-(-t // block), dtype=jnp.int32)
+  near = index >= (index[:, None] * block - window) // block
+  return _mask((near | (index * block < sink))[None, None], t, block, False)
+
+
+def antidiagonal_select(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  block: int = 128,
+  stride: int = 8,
+  threshold: float = 0.9,
+  sink: bool = True,
+  scale: float | None = None,
+) -> BlockMask:
+  """Blocks by sums along antidiagonals, the scores of XAttention.
+
+  The mean of `x_ij` over the antidiagonal of each `stride` by `stride` square,
+  i + j = stride - 1 in it, takes the place of the square in a causal softmax;
+  a block's score is the sum of its squares' probabilities. Kept are the fewest
+  blocks with `threshold` of a query block's sum, and its own.
+
+  Args:
+    q, k: t == s.
+    block: tokens of a block.
+    stride: of squares; divides `block`.
+    threshold: in (0, 1]; 1 keeps everything.
+    sink: whether each keeps the first block too.
+    scale: of the logits, default d ** -0.5.
+
+  Raises:
+    ValueError: lengths that differ, a stride that doesn't divide the block.
+
+  Example:
+    >>> q = k = jnp.ones((1, 64, 2, 8))
+    >>> antidiagonal_select(q, k, block=16, threshold=1).density.item()
+    0.625
+
+  Reference: XAttention, https://arxiv.org/abs/2503.16428.
+  """
+  t = _length(q, k)
+  if stride < 1 or block % stride:
+    raise ValueError(f"the stride, {stride}, doesn't divide the block, {block}")
+  if not 0 < threshold <= 1:
+    raise ValueError(f"the threshold is {threshold}, not in (0, 1]")
+  (b, _, n, d), heads = q.shape, k.shape[2]
+  scale = d**-0.5 if scale is None else scale
+  ends = ((0, 0), (0, -t % stride), (0, 0), (0, 0))
+
+  def squares(x, heads):
+    x = jnp.pad(x, ends).reshape(b, -1, stride, heads, d)
+    return jnp.moveaxis(x, 2, 3)
+
+  q = squares(q, n).reshape(b, -1, n, stride * d)
+  k = jnp.flip(squares(k, heads), axis=3).reshape(b, -1, heads, stride * d)
+  score = tile_softmax(
+    q, k, side=block // stride, reduce=jnp.sum, scale=scale / stride
+  )
+  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  past = index <= index[:, None]
+  if threshold == 1:
+    kept = jnp.broadcast_to(past, score.shape)
+  else:
+    target = threshold * jnp.sum(score, axis=-1)
+    kept = keep_best(score, score, target, past)
+  return _mask(kept, t, block, sink)
+
+
+def _mask(kept, t, block, sink) -> BlockMask:
+  """Causal within the blocks kept and the own ones."""
+  index = jnp.arange(kept.shape[-1], dtype=jnp.int32)
+  kept = kept | (index == index[:, None])
+  if sink:
+    kept = kept | (index == 0)
+  return BlockMask.from_blocks(
+    kept, block=(block, block), causal=True, q_length=t, kv_length=t
+  )
+
+
+def _length(q, k) -> int:
+  """t, of as many keys."""
+  check_shapes(q, k, k)
+  t, s = q.shape[1], k.shape[1]
+  if t != s:
+    raise ValueError(f"{t} queries and {s} keys; there must be as many")
+  return t

@@ -1,0 +1,54 @@
+"""Means of blocks, and tiles of a softmax, against whole ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.attention import pooling
+from isthmus.attention.pooling import block_scores, pool_blocks, tile_softmax
+from tests.attention.oracle import inputs
+
+pytestmark = pytest.mark.once
+
+
+def test_means_divide_by_the_block_also_at_the_end():
+  q, k, *_ = inputs(2, 21, 21, 4, 2, 8)
+  means = np.asarray(pool_blocks(q, 8))
+  wide = np.pad(np.asarray(q), ((0, 0), (0, 3), (0, 0), (0, 0)))
+  np.testing.assert_allclose(
+    means, wide.reshape(2, 3, 8, 4, 8).mean(2), atol=1e-6
+  )
+  assert pool_blocks(q.astype(jnp.bfloat16), 8).dtype == jnp.bfloat16
+  score = block_scores(jnp.asarray(means), pool_blocks(k, 4), 0.5)
+  keys = np.repeat(np.asarray(pool_blocks(k, 4)), 2, axis=2)
+  want = np.einsum("bmnd,bgnd->bnmg", means, keys) * 0.5
+  np.testing.assert_allclose(score, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", [jnp.max, jnp.sum])
+@pytest.mark.parametrize("length, side", [(37, 4), (16, 16), (5, 8)])
+def test_tiles_of_the_softmax(length, side, reduce, monkeypatch):
+  """Also where rows come in several portions."""
+  q, k, *_ = inputs(2, length, length, 4, 2, 8)
+  x = np.asarray(q, np.float64), np.repeat(np.asarray(k, np.float64), 2, axis=2)
+  x = np.einsum("btnd,bsnd->bnts", *x) * 0.6
+  x = np.where(np.tril(np.ones((length, length), bool)), x, -np.inf)
+  p = np.exp(x - x.max(-1, keepdims=True))
+  p = p / p.sum(-1, keepdims=True)
+  ends = -length % side
+  p = np.pad(p, ((0, 0), (0, 0), (0, ends), (0, ends)))
+  tiles = p.shape[2] // side
+  p = p.reshape(2, 4, tiles, side, tiles, side)
+  want = (np.max if reduce is jnp.max else np.sum)(p, axis=(3, 5))
+  for rows in (512, 9):
+    monkeypatch.setattr(pooling, "ROWS", rows)
+    found = tile_softmax(q, k, side=side, reduce=reduce, scale=0.6)
+    np.testing.assert_allclose(found, want, atol=1e-6, rtol=1e-6)
+
+
+def test_the_softmax_never_is_whole():
+  x = jax.ShapeDtypeStruct((1, 2**14, 1, 16), jnp.bfloat16)
+  f = lambda q, k: tile_softmax(q, k, side=32, scale=1.0)
+  memory = jax.jit(f).lower(x, x).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 2**28 / 2

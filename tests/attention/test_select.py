@@ -1,0 +1,119 @@
+"""Plain selectors: the suite, and what each one keeps."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.attention.select import (
+  antidiagonal_select,
+  pooled_select,
+  window_select,
+)
+from tests.attention.oracle import inputs
+from tests.attention.selectors import BLOCK, blocks_of, check, no_square
+
+pytestmark = pytest.mark.once
+
+Q, K, *_ = inputs(1, 96, 96, 4, 2, 8)
+
+
+def of(select, **settings):
+  return functools.partial(select, block=BLOCK, **settings)
+
+
+def test_the_suite():
+  half = {"threshold": 0.5}
+  check(of(pooled_select, **half), whole={"threshold": 1})
+  check(of(antidiagonal_select, **half), whole={"threshold": 1})
+  check(of(window_select, window=20, sink=16), whole={"window": 300})
+
+
+@pytest.mark.parametrize("select", [pooled_select, antidiagonal_select])
+def test_no_square_is_made(select):
+  no_square(select)
+
+
+def causal_softmax(x):
+  x = np.where(np.tril(np.ones(x.shape[-2:], bool)), x, -np.inf)
+  p = np.exp(x - x.max(-1, keepdims=True))
+  return p / p.sum(-1, keepdims=True)
+
+
+def test_pooled_keeps_the_best_of_the_means():
+  mask = pooled_select(Q, K, block=BLOCK, threshold=None, top_k=3, sink=False)
+  kept = blocks_of(mask)
+  means = (np.asarray(x).reshape(6, BLOCK, -1, 8).mean(1) for x in (Q, K))
+  q, k = means
+  for n in range(4):
+    score = q[:, n] @ k[:, n // 2].T
+    for m in range(6):
+      best = sorted(range(m), key=lambda g: -score[m, g])[:2]
+      assert set(np.flatnonzero(kept[0, n, m])) == {m, *best}
+  assert kept.sum(-1).max() == 3
+
+
+def test_pooled_keeps_the_mass():
+  kept = blocks_of(pooled_select(Q, K, block=BLOCK, threshold=0.6, sink=False))
+  q, k = (np.asarray(x).reshape(6, BLOCK, -1, 8).mean(1) for x in (Q, K))
+  for n in range(4):
+    score = q[:, n] @ k[:, n // 2].T * 8**-0.5
+    for m in range(1, 6):
+      p = np.exp(score[m, :m]) / np.exp(score[m, :m]).sum()
+      found = kept[0, n, m, :m]
+      assert p[found].sum() >= 0.6
+      assert p[found].sum() - p[found].min() < 0.6
+
+
+def test_antidiagonals_are_summed():
+  stride, side = 4, BLOCK // 4
+  mask = antidiagonal_select(
+    Q, K, block=BLOCK, stride=stride, threshold=0.7, sink=False
+  )
+  kept = blocks_of(mask)
+  for n in range(4):
+    x = np.asarray(Q)[0, :, n] @ np.asarray(K)[0, :, n // 2].T
+    x = x.reshape(24, stride, 24, stride)
+    squares = sum(x[:, i, :, stride - 1 - i] for i in range(stride))
+    p = causal_softmax(squares / stride * 8**-0.5)
+    mass = p.reshape(6, side, 6, side).sum((1, 3))
+    for m in range(6):
+      found = kept[0, n, m]
+      share = mass[m] / mass[m].sum()
+      assert share[found].sum() >= 0.7 - 1e-6
+      # The own block is kept in any case, the first one if none else was.
+      others = found & (np.arange(6) != m)
+      best = others if share[others].sum() >= 0.7 else found
+      assert share[best].sum() - share[best].min() < 0.7
+
+
+def test_a_window_and_a_sink():
+  kept = blocks_of(window_select(Q, K, window=17, sink=20, block=BLOCK))
+  m, g = np.arange(6)[:, None], np.arange(6)
+  np.testing.assert_array_equal(kept[0, 0], (g <= m) & ((g >= m - 2) | (g < 2)))
+  kept = blocks_of(window_select(Q, K, window=0, sink=0, block=BLOCK))
+  np.testing.assert_array_equal(kept[0, 0], g == m)
+
+
+def test_what_does_not_fit_is_refused():
+  short = K[:, :80]
+  for select in (pooled_select, antidiagonal_select):
+    with pytest.raises(ValueError, match="96 queries and 80 keys"):
+      select(Q, short)
+  with pytest.raises(ValueError, match="one of them"):
+    pooled_select(Q, K, top_k=3)
+  with pytest.raises(ValueError, match="one of them"):
+    pooled_select(Q, K, threshold=None)
+  with pytest.raises(ValueError, match="doesn't divide"):
+    antidiagonal_select(Q, K, stride=3)
+  with pytest.raises(ValueError, match="not in"):
+    antidiagonal_select(Q, K, threshold=0.0)
+  with pytest.raises(ValueError, match="96 queries and 80 keys"):
+    window_select(Q, short, window=5)
+
+
+def test_the_first_block_is_kept_if_asked_for():
+  q = jnp.ones_like(Q).at[:, 48:].set(-1)
+  kept = blocks_of(pooled_select(q, K, block=BLOCK, threshold=0.2))
+  assert kept[..., 0].all()
