@@ -21,6 +21,8 @@ from tests.train.child import records
 from tests.train.test_loop import Compiled, First
 from tests.train.test_loop import _decoder as decoder
 
+pytestmark = pytest.mark.once
+
 MESHES = {
   "data2 seq4": Mesh(data=2, seq=4),
   "fsdp2 model2 seq2": Mesh(data=1, fsdp=2, model=2, seq=2),
@@ -88,7 +90,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param("remat", marks=pytest.mark.slow), "reversible", "window"],
+)
 def test_models(name):
   model = dataclasses.replace(decoder().model, **CHANGES[name])
   rules = decoder().rules
@@ -148,7 +153,9 @@ def test_the_loss_of_rows_that_no_loader_arranged():
   np.testing.assert_allclose(value, alone()[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+  "accumulate", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_a_run(tmp_path, accumulate):
   losses = []
   for name, mesh in (("one", First()), ("many", Mesh(data=2, seq=4))):
