@@ -55,9 +55,10 @@ def pooled_select(
   score = block_scores(pool_blocks(q, block), pool_blocks(k, block), scale)
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
   past = index < index[:, None]
-  if top_k is None:
+  if threshold is not None:
     kept = keep_mass(score, threshold, past)
   else:
+    assert top_k is not None
     # Positive, in the same order: bits are compared.
     least = jnp.min(score, axis=-1, keepdims=True)
     count = jnp.array([top_k - 1], jnp.int32)

@@ -83,7 +83,7 @@ class Routed:
     >>> problem = Routing(128, 8, 2, 8192, 16, 128)
     >>> found = Routed(problem, "mosaic", {"fwd": 1.0}, {}, {})
     >>> print(next(found.lines([], "H100")))
-    moba 128 x 8, B2 S8192 H16 D128 fwd mosaic: 1.000 ms, 143 TF/s, 14% of ...
+    moba 128 x 8, B2 S8192 H16 D128 fwd mosaic: 1.000 ms, 124 TF/s, ...
   """
 
   routing: Routing
@@ -115,7 +115,7 @@ class Routed:
       if which in PASSES:
         rate = r.flops(which) / ms * 1e3
         line += f", {rate / 1e12:.3g} TF/s"
-        line += f", {rate / peak:.0%} of {device}'s" if peak else ""
+        line += f", {rate / peak:.0%} of {device}'s peak" if peak else ""
       over = self.speeds(rows, which)
       line += "".join(f", {x:.3g}x {who}" for who, x in over.items())
       size = self.peak_bytes.get(which)

@@ -52,7 +52,7 @@ def forward(q, k, v, lists, *, scale):
     >>> k = shape((1, 1, 64, 64), "bfloat16")
     >>> tiles, row = shape((1, 2), "int32"), shape((1, 1), "int32")
     >>> lists = BlockTiles(tiles, shape((1, 128), "int32"), tiles, row)
-    >>> run = functools.partial(forward, scale=1.0)
+    >>> run = lambda *x: forward(*x, scale=1.0)
     >>> [x.shape for x in jax.eval_shape(run, q, k, k, lists)]
     [(1, 128, 64), (1, 128)]
   """

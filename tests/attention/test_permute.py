@@ -169,7 +169,7 @@ def test_no_order_is_the_choice_by_means():
 
 
 def test_it_runs_jitted_without_a_square_and_is_the_same_again():
-  no_square(lambda q, k, block: pbs_select(q, k, block=block)[0])
+  assert no_square(lambda q, k, block: pbs_select(q, k, block=block)[0])
   f = jax.jit(functools.partial(pbs_attention, **SMALL, threshold=0.5))
   np.testing.assert_array_equal(f(Q, K, V), f(Q, K, V))
   np.testing.assert_allclose(

@@ -25,14 +25,14 @@ def of(select, **settings):
 
 def test_the_suite():
   half = {"threshold": 0.5}
-  check(of(pooled_select, **half), whole={"threshold": 1})
-  check(of(antidiagonal_select, **half), whole={"threshold": 1})
-  check(of(window_select, window=20, sink=16), whole={"window": 300})
+  assert check(of(pooled_select, **half), whole={"threshold": 1})
+  assert check(of(antidiagonal_select, **half), whole={"threshold": 1})
+  assert check(of(window_select, window=20, sink=16), whole={"window": 300})
 
 
 @pytest.mark.parametrize("select", [pooled_select, antidiagonal_select])
 def test_no_square_is_made(select):
-  no_square(select)
+  assert no_square(select)
 
 
 def causal_softmax(x):
