@@ -11,6 +11,7 @@ else:
   from isthmus.attention.block_mask import BlockMask
   from isthmus.attention.cache import KVCache
   from isthmus.attention.decode import decode, decode_step
+  from isthmus.attention.kconv import KeyConv, kconv
   from isthmus.attention.mask import EMPTY
   from isthmus.attention.merge import add_sinks, merge
   from isthmus.attention.moba import moba
@@ -21,6 +22,7 @@ else:
   from isthmus.attention.ring import ring_attention
   from isthmus.attention.schedule import choose_schedule
   from isthmus.attention.sdpa import attention, explain, report, save_attention
+  from isthmus.attention.select import select_attention
 
   __version__ = version("isthmus")
   __all__ = [
@@ -28,12 +30,14 @@ else:
     "Attention",
     "BlockMask",
     "KVCache",
+    "KeyConv",
     "add_sinks",
     "attention",
     "choose_schedule",
     "decode",
     "decode_step",
     "explain",
+    "kconv",
     "merge",
     "moba",
     "pbs_attention",
@@ -42,4 +46,5 @@ else:
     "rettention",
     "ring_attention",
     "save_attention",
+    "select_attention",
   ]

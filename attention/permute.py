@@ -19,6 +19,7 @@ from isthmus.attention.keep import keep_mass
 from isthmus.attention.last import last_importance
 from isthmus.attention.pooling import block_scores, pool_blocks
 from isthmus.attention.sdpa import attention, check_shapes
+from isthmus.attention.select import check_own
 
 
 def key_order(
@@ -162,9 +163,11 @@ def pbs_attention(
   threshold: float = 0.9,
   sink: bool = True,
   permute: str = "kv_head",
+  causal: bool = True,
   scale: float | None = None,
   return_lse: bool = False,
   impl: Any = None,
+  **others: Any,
 ) -> Any:
   """Causal attention over the blocks of `pbs_select`.
 
@@ -175,7 +178,9 @@ def pbs_attention(
     block, segment, threshold, sink, scale: as in `pbs_select`.
     permute: "kv_head", an order of keys for each kv head, or "head", one for
       each query head, as the paper has it: keys and values are then repeated.
+    causal: has to be True.
     return_lse, impl: as in `attention`.
+    **others: of a layer; those that are set are refused.
 
   Returns:
     As `attention`.
@@ -192,6 +197,7 @@ def pbs_attention(
   Reference: PBS-Attn, https://arxiv.org/abs/2510.21270.
   """
   check_shapes(q, k, v)
+  check_own(causal, others)
   if permute not in ("kv_head", "head"):
     raise ValueError(f"permute is {permute!r}, not 'kv_head' or 'head'")
   if permute == "head":

@@ -16,6 +16,7 @@ from isthmus.attention.keep import keep_best
 from isthmus.attention.last import last_importance
 from isthmus.attention.pooling import tile_softmax
 from isthmus.attention.sdpa import attention, check_shapes
+from isthmus.attention.select import check_own
 from isthmus.pallas.precision import accumulator
 
 
@@ -169,9 +170,11 @@ def proxy_attention(
   gamma: float = 0.95,
   block: int = 128,
   min_tokens: int = 2048,
+  causal: bool = True,
   scale: float | None = None,
   return_lse: bool = False,
   impl: Any = None,
+  **others: Any,
 ) -> Any:
   """Causal attention over the blocks of `proxy_select`.
 
@@ -180,7 +183,9 @@ def proxy_attention(
   Args:
     q, k, v: of self-attention; t == s.
     groups, stride, gamma, block, min_tokens, scale: as in `proxy_select`.
+    causal: has to be True.
     return_lse, impl: as in `attention`.
+    **others: of a layer; those that are set are refused.
 
   Returns:
     As `attention`.
@@ -197,6 +202,7 @@ def proxy_attention(
   Reference: ProxyAttn, https://arxiv.org/abs/2509.24745.
   """
   check_shapes(q, k, v)
+  check_own(causal, others)
   mask = proxy_select(
     q,
     k,

@@ -1,17 +1,91 @@
-"""Plain ways to choose blocks, beside which PBS-Attn and ProxyAttn stand.
+"""Attention over chosen blocks, and plain ways to choose them.
 
-Each takes queries and keys of causal self-attention and gives a `BlockMask`.
-But for the window, a choice for early queries may look at later ones of their
-block: they are for the prefill of models that exist, not for training.
+PBS-Attn and ProxyAttn stand beside these. A selector takes queries and keys of
+causal self-attention and gives a `BlockMask`. But for the window, a choice for
+early queries may look at later ones of their block: they are for the prefill
+of models that exist, not for training.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isthmus.attention.block_mask import BlockMask
 from isthmus.attention.keep import keep_best, keep_mass
 from isthmus.attention.pooling import block_scores, pool_blocks, tile_softmax
-from isthmus.attention.sdpa import check_shapes
+from isthmus.attention.sdpa import attention, check_shapes
+
+
+def select_attention(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k dv"],
+  *,
+  select: Callable[..., BlockMask],
+  causal: bool = True,
+  scale: float | None = None,
+  return_lse: bool = False,
+  impl: Any = None,
+  **others: Any,
+) -> Any:
+  """Attention over the blocks that a selector keeps, as a layer's mechanism.
+
+  `functools.partial(select_attention, select=...)` is an `attend` of
+  `isthmus.attention.Attention`, or of a whole decoder.
+
+  Args:
+    q, k, v: of causal self-attention; t == s.
+    select: gives a `BlockMask` for (q, k), such as
+      `functools.partial(pooled_select, threshold=0.95)`.
+    causal: has to be True.
+    scale, return_lse, impl: as in `attention`.
+    **others: of a layer; those that are set are refused.
+
+  Returns:
+    As `attention`.
+
+  Raises:
+    ValueError: what no selector takes, by name.
+
+  Example:
+    >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+    >>> select = lambda q, k: pooled_select(q, k, block=8, threshold=1)
+    >>> o = select_attention(q, k, v, select=select)
+    >>> bool(jnp.allclose(o, attention(q, k, v, causal=True), atol=1e-5))
+    True
+  """
+  check_own(causal, others)
+  mask = jax.lax.stop_gradient(select(q, k))
+  return attention(
+    q, k, v, mask=mask, scale=scale, return_lse=return_lse, impl=impl
+  )
+
+
+def check_own(causal: bool, others: dict[str, Any]) -> None:
+  """Raises ValueError for settings that a choice of blocks doesn't take.
+
+  Args:
+    causal: of the call.
+    others: arguments that `attention` takes and a choice doesn't.
+
+  Example:
+    >>> check_own(True, {"window": 3})
+    Traceback (most recent call last):
+    ValueError: a choice of blocks takes no window; it is 3
+  """
+  if not causal:
+    raise ValueError("a choice of blocks is causal; causal is False")
+  for name, x in others.items():
+    if name.endswith("positions") and x is not None:
+      raise ValueError(
+        f"a choice of blocks is of a row's own keys, not of a cache's; {name}"
+        " are given"
+      )
+    if x is not None:
+      raise ValueError(f"a choice of blocks takes no {name}; it is {x}")
 
 
 def pooled_select(

@@ -77,7 +77,7 @@ def sequence_attention(
     True
   """
   check_shapes(q, k, v)
-  settings = {
+  settings: dict[str, Any] = {
     "causal": causal,
     "window": window,
     "scale": scale,
@@ -85,7 +85,7 @@ def sequence_attention(
     "return_lse": return_lse,
     "impl": impl,
   }
-  arrays = {
+  arrays: dict[str, Any] = {
     "segment_ids": segment_ids,
     "kv_segment_ids": kv_segment_ids,
     "sinks": sinks,

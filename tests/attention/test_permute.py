@@ -186,3 +186,16 @@ def test_what_does_not_fit_is_refused():
     pbs_attention(Q, K, V, permute="queries")
   with pytest.raises(ValueError, match="not in"):
     pbs_attention(Q, K, V, **SMALL, threshold=0)
+
+
+@pytest.mark.parametrize(
+  "settings, said",
+  [
+    ({"causal": False}, "causal is False"),
+    ({"window": 3}, "takes no window; it is 3"),
+    ({"q_positions": jnp.zeros((1, 1, 8), jnp.int32)}, "not of a cache's"),
+  ],
+)
+def test_what_a_layer_may_ask_for_is_refused(settings, said):
+  with pytest.raises(ValueError, match=said):
+    pbs_attention(Q, K, V, **SMALL, **settings)

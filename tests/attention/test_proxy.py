@@ -133,3 +133,16 @@ def test_what_does_not_fit_is_refused():
       proxy_attention(Q, K, V, block=BLOCK, **settings)
   with pytest.raises(ValueError, match="101 queries and 90 keys"):
     proxy_attention(Q, K[:, :90], V[:, :90])
+
+
+@pytest.mark.parametrize(
+  "settings, said",
+  [
+    ({"causal": False}, "causal is False"),
+    ({"window": 3}, "takes no window; it is 3"),
+    ({"q_positions": jnp.zeros((1, 1, 8), jnp.int32)}, "not of a cache's"),
+  ],
+)
+def test_what_a_layer_may_ask_for_is_refused(settings, said):
+  with pytest.raises(ValueError, match=said):
+    proxy_attention(Q, K, V, **SMALL, **settings)

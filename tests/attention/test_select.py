@@ -2,13 +2,16 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from isthmus.attention import Attention, attention
 from isthmus.attention.select import (
   antidiagonal_select,
   pooled_select,
+  select_attention,
   window_select,
 )
 from tests.attention.oracle import inputs
@@ -117,3 +120,39 @@ def test_the_first_block_is_kept_if_asked_for():
   q = jnp.ones_like(Q).at[:, 48:].set(-1)
   kept = blocks_of(pooled_select(q, K, block=BLOCK, threshold=0.2))
   assert kept[..., 0].all()
+
+
+@pytest.mark.parametrize(
+  "settings, said",
+  [
+    ({"causal": False}, "causal is False"),
+    ({"window": 3}, "takes no window; it is 3"),
+    ({"q_positions": jnp.zeros((1, 1, 8), jnp.int32)}, "not of a cache's"),
+  ],
+)
+def test_what_a_layer_may_ask_for_is_refused(settings, said):
+  with pytest.raises(ValueError, match=said):
+    select_attention(
+      Q, K, K, select=lambda q, k: pooled_select(q, k, block=BLOCK), **settings
+    )
+
+
+def test_a_layer_attends_over_what_is_selected():
+  """With everything kept as a dense layer, and else not."""
+  x = jax.random.normal(jax.random.key(0), (2, 50, 12))
+  sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8)
+  dense = Attention(**sizes)
+  params = dense.init(jax.random.key(1), x)
+  want, _ = dense.apply(params, x)
+  for threshold in (1, 0.3):
+    attend = functools.partial(
+      select_attention, select=of(pooled_select, threshold=threshold)
+    )
+    found, _ = Attention(**sizes, attend=attend).apply(params, x)
+    assert (np.abs(found - want).max() < 1e-5) == (threshold == 1)
+  mask = pooled_select(Q, K, block=BLOCK, threshold=0.3)
+  o, lse = select_attention(
+    Q, K, K, select=of(pooled_select, threshold=0.3), return_lse=True
+  )
+  np.testing.assert_allclose(o, attention(Q, K, K, mask=mask), atol=1e-6)
+  assert lse.shape == (1, 4, 96)
