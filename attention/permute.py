@@ -57,7 +57,7 @@ def key_order(
   if not whole:
     return jnp.broadcast_to(index, (b, heads, t))
   found = last_importance(
-    q, k, rows=block, keys=whole, causal=False, scale=scale
+    q, k[:, :whole], rows=block, causal=False, scale=scale
   )
   found = found.reshape(b, heads, n // heads, -1, segment).mean(axis=2)
   # Stable, so that of equal ones the first comes first.

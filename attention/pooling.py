@@ -1,13 +1,15 @@
 """Scores of blocks: of mean queries and keys, and of tiles of a softmax."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from isthmus.attention.sdpa import attention
+from isthmus.pallas.dispatch import Impl, Op
 from isthmus.pallas.precision import accumulator, exact_dot
+from isthmus.pallas.scores import mosaic
+from isthmus.pallas.scores.api import Options
 
 
 def pool_blocks(
@@ -53,55 +55,54 @@ def block_scores(
   return exact_dot("bmkud,bgkd->bkumg", q, k).reshape(b, n, m, g) * scale
 
 
-#: Queries that meet all keys at once.
-ROWS = 512
-
-
 def tile_softmax(
   q: Float[Array, "b r n d"],
   k: Float[Array, "b r k d"],
   *,
   side: int,
-  reduce: Callable[..., Any] = jnp.max,
+  reduce: str = "max",
   scale: float,
+  impl: Any = None,
 ) -> Float[Array, "b n m m"]:
   """A causal softmax, of each tile of `side` queries and keys one number.
 
-  `reduce_{i in m, j in g} P_ij`, `P_ij = exp(x_ij) / sum_{j <= i} exp(x_ij)`,
-  `x_ij = scale q_i . k_j`. In float32; some rows at a time, so that P never
-  is. What a last tile lacks is 0.
+  `reduce_{i in m, j in g} P_ij`, `P_ij = exp(x_ij - lse_i)`,
+  `x_ij = scale q_i . k_j`. In float32; P never is. What a last tile lacks
+  is 0.
 
   Args:
     q, k: of self-attention.
-    side: of a tile.
-    reduce: `jnp.max` or `jnp.sum`.
+    side: of a tile; divides 128.
+    reduce: "max" or "sum".
     scale: of the logits.
+    impl: of `REDUCE`, an implementation's name.
 
   Example:
     >>> q = k = jnp.zeros((1, 4, 1, 8))
-    >>> tile_softmax(q, k, side=2, scale=1.0).tolist()
-    [[[[1.0, 0.0], [0.3333333432674408, 0.3333333432674408]]]]
+    >>> found = tile_softmax(q, k, side=2, scale=1.0)
+    >>> jnp.round(found, 3).tolist()
+    [[[[1.0, 0.0], [0.3330000042915344, 0.3330000042915344]]]]
   """
-  (b, length, n, d), heads = q.shape, k.shape[2]
-  tiles = -(-length // side)
-  some = min(max(ROWS // side, 1), tiles)
-  rows = some * side
-  ends = tiles * side - length
-  key = jnp.arange(tiles * side, dtype=jnp.int32)
-  k = jnp.pad(k, ((0, 0), (0, ends), (0, 0), (0, 0)))
-  q = jnp.pad(q, ((0, 0), (0, -length % rows), (0, 0), (0, 0)))
-  q = jnp.moveaxis(q.reshape(b, -1, rows, heads, n // heads, d), 1, 0)
-  first = jnp.arange(len(q), dtype=jnp.int32) * rows
+  (b, length, n, _), tiles = q.shape, -(-q.shape[1] // side)
+  # Of the values nothing is wanted.
+  lse = attention(q, k, k[..., :1], causal=True, scale=scale, return_lse=True)[
+    1
+  ]
+  options = Options(side, reduce, scale=float(scale))
+  found = REDUCE(q, k, lse, options=options, impl=impl)
+  found = jnp.pad(
+    found, ((0, 0), (0, 0), (0, 0), (0, tiles * side - length))
+  ).reshape(b, n, tiles, tiles, side)
+  found = found.max(axis=4) if reduce == "max" else found.sum(axis=4)
+  return jnp.swapaxes(found, 2, 3)
 
-  def meet(xs):
-    first, q = xs
-    x = exact_dot("brkud,bskd->bkurs", q, k) * scale
-    at = first + jnp.arange(rows, dtype=jnp.int32)[:, None]
-    p = jax.nn.softmax(jnp.where(key <= at, x, -jnp.inf), axis=-1)
-    p = jnp.where((at < length) & (key < length), p, 0.0)
-    p = p.reshape(b, n, some, side, tiles, side)
-    return reduce(p, axis=(3, 5))
 
-  found = jax.lax.map(meet, (first, q))
-  found = jnp.moveaxis(found, 0, 2).reshape(b, n, -1, tiles)
-  return found[:, :, :tiles]
+#: `isthmus.pallas.scores.ref.reduce_scores` and what else does it.
+REDUCE = Op(
+  "reduce_scores",
+  (
+    Impl("mosaic", mosaic.reduce_scores, mosaic.refuse),
+    Impl("xla", "isthmus.pallas.scores.ref:reduce_scores"),
+  ),
+  {"gpu": ("mosaic", "xla"), "cpu": ("xla",), "tpu": ("xla",)},
+)

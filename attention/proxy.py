@@ -91,7 +91,7 @@ def block_budget(
   (b, t, n, _), blocks = q.shape, -(-q.shape[1] // block)
   if gamma == 1:
     return jnp.full((b, n), blocks, jnp.int32)
-  mass = last_importance(q, k, rows=block, keys=t, causal=True, scale=scale)
+  mass = last_importance(q, k, rows=block, causal=True, scale=scale)
   mass = jnp.pad(mass, ((0, 0), (0, 0), (0, blocks * block - t)))
   mass = mass.reshape(b, n, blocks, block).sum(axis=3)
   mass = mass / jnp.sum(mass, axis=-1, keepdims=True)

@@ -223,7 +223,7 @@ def antidiagonal_select(
   q = squares(q, n).reshape(b, -1, n, stride * d)
   k = jnp.flip(squares(k, heads), axis=3).reshape(b, -1, heads, stride * d)
   score = tile_softmax(
-    q, k, side=block // stride, reduce=jnp.sum, scale=scale / stride
+    q, k, side=block // stride, reduce="sum", scale=scale / stride
   )
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
   past = index <= index[:, None]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isthmus.attention import pooling
 from isthmus.attention.pooling import block_scores, pool_blocks, tile_softmax
+from isthmus.pallas.scores import ref
 from tests.attention.oracle import inputs
 
 pytestmark = pytest.mark.once
@@ -26,7 +26,7 @@ def test_means_divide_by_the_block_also_at_the_end():
   np.testing.assert_allclose(score, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduce", [jnp.max, jnp.sum])
+@pytest.mark.parametrize("reduce", ["max", "sum"])
 @pytest.mark.parametrize("length, side", [(37, 4), (16, 16), (5, 8)])
 def test_tiles_of_the_softmax(length, side, reduce, monkeypatch):
   """Also where rows come in several portions."""
@@ -40,9 +40,9 @@ def test_tiles_of_the_softmax(length, side, reduce, monkeypatch):
   p = np.pad(p, ((0, 0), (0, 0), (0, ends), (0, ends)))
   tiles = p.shape[2] // side
   p = p.reshape(2, 4, tiles, side, tiles, side)
-  want = (np.max if reduce is jnp.max else np.sum)(p, axis=(3, 5))
-  for rows in (512, 9):
-    monkeypatch.setattr(pooling, "ROWS", rows)
+  want = (np.max if reduce == "max" else np.sum)(p, axis=(3, 5))
+  for size in (ref.SIZE, 9 * length):
+    monkeypatch.setattr(ref, "SIZE", size)
     found = tile_softmax(q, k, side=side, reduce=reduce, scale=0.6)
     np.testing.assert_allclose(found, want, atol=1e-6, rtol=1e-6)
 

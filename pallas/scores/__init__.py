@@ -1,0 +1,1 @@
+"""Sums and maxima of a softmax's probabilities, which never are stored."""
