@@ -73,7 +73,7 @@ def _check(select, whole, shape):
   assert len(traces) == 1
 
 
-def no_square(select, t=2**13, block=128):
+def no_square(select, t=2**14, block=128):
   """Whether nothing in the program is as large as t x t."""
   x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.bfloat16)
   f = functools.partial(select, block=block)

@@ -21,6 +21,8 @@ from isthmus.attention.moba_cache import MobaCache
 from isthmus.nets import RMSNorm, rope, rotation
 from tests.nets import suite
 
+pytestmark = pytest.mark.once
+
 T = 14
 X = jax.random.normal(jax.random.key(0), (2, T, 16))
 BLOCKS = functools.partial(moba, block=3, top_k=2)

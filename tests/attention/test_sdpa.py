@@ -142,6 +142,7 @@ def test_equals_oracle(case):
 HAS_EMPTY = ("everything", "segments of both")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("case", ["causal, empty rows", "everything"])
 def test_low_precision_stays_within_the_rule(case, dtype):
@@ -232,6 +233,7 @@ def test_nan_in_padding_does_not_leak(how):
     assert not np.asarray(gradient)[:, 6:].any()
 
 
+@pytest.mark.once
 def test_dropout_equals_the_oracle_under_the_same_mask():
   q, k, v, do, dlse = inputs(2, 6, 9, 4, 2, 8)
   key = jax.random.key(7)
