@@ -16,6 +16,7 @@ RECIPES = [
   "quickstart",
   "reversible_memory",
   "reversible_unet3d",
+  "sparse_prefill",
   "token_ring",
   "vit_digits",
 ]
