@@ -58,7 +58,8 @@ def check(job: "Fit", state: Any, batch: Any) -> None:
     >>> from isthmus.train.loop import Run
     >>> job = load("quickstart:smoke")
     >>> run = Run(job)
-    >>> check(job, run.target, run.batch)
+    >>> check(job, run.target, run.batch) is None
+    True
   """
 
   def loss(state, batch):
