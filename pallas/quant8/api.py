@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from isthmus.pallas.quant8.blocks import Blocks
@@ -134,8 +135,12 @@ def to_codes(
   """
   if map.root:
     parts = jnp.sqrt(jnp.maximum(parts, 0.0))
-  size = jnp.abs(parts) if map.signed else jnp.maximum(parts, 0.0)
-  scale = jnp.max(size, axis=inner, keepdims=True, initial=0.0)
+  size = parts if map.signed else jnp.where(parts < 0, 0.0, parts)
+  # Magnitudes rise with their bits, and NaN lies above them all; a maximum of
+  # floats may pass over it.
+  bits = lax.bitcast_convert_type(jnp.abs(size), jnp.int32)
+  bits = jnp.max(bits, axis=inner, keepdims=True, initial=0)
+  scale = lax.bitcast_convert_type(bits, jnp.float32)
   y = parts / jnp.where(scale > 0, scale, 1.0)
   return encode(y, map, exact=exact), scale
 

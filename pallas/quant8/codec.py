@@ -90,8 +90,8 @@ def _value(rank, which: Map):
 
 def _nearest(size, below, which: Map):
   """By the midpoint of the two neighbours there may be."""
-  upper = jnp.floor(_position(size, which)[0] + 0.5) - _shift(which)
-  upper = jnp.clip(_whole(upper), 1, _last(which))
+  upper = _whole(_position(size, which)[0] + 0.5) - _shift(which)
+  upper = jnp.clip(upper, 1, _last(which))
   middle = (_value(upper - 1, which) + _value(upper, which)) * 0.5
   past = size > middle
   if below is not None:
@@ -105,11 +105,11 @@ def _near(size, below, which: Map):
   position, first = _position(size, which)
   last = _last(which)
   if which.kind == "linear":
-    return jnp.clip(_whole(jnp.floor(position)), 0, last)
+    return jnp.clip(_whole(position), 0, last)
   # The first value of a decade is nearer than the last one of the decade below
   # from a fifth of its part on.
-  rank = jnp.floor(position) - jnp.where(position < first + 0.2, 1.0, 0.0)
-  rank = jnp.clip(_whole(rank) - _shift(which), 1, last - 1)
+  early = jnp.where(position < first + 0.2, 1, 0)
+  rank = jnp.clip(_whole(position) - early - _shift(which), 1, last - 1)
   smallest, parts = (5.5, 64) if which.signed else (3.25, 128)
   rank = jnp.where(size > 1 - 0.225 / parts, last, rank)
   return jnp.where(size > smallest / 2 * 10.0**-DECADES, rank, 0)
@@ -154,7 +154,7 @@ def _by_decade(x, starts, values):
 
 
 def _whole(x):
-  """A float that is a whole number as int32; NaN is 0."""
+  """The whole part of a number that isn't negative, as int32; NaN is 0."""
   return jnp.where(x == x, x, 0.0).astype(jnp.int32)
 
 

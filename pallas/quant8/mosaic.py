@@ -1,0 +1,180 @@
+"""A step of Adam over moments in eight bits, for sm_90 in Mosaic GPU.
+
+A warp takes a block, a lane a few numbers of it that lie side by side: it
+reads codes, gradients and parameters, brings the moments up to date, takes
+the step, finds the block's largest magnitudes by shuffles, and writes codes
+and parameters, each once. There is no table: gathers from registers don't
+exist, and codes are found by arithmetic, see `isthmus.pallas.quant8.codec`,
+by the quick encoder, so that a number as near to one value as to the next may
+take another code than in XLA.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from isthmus.pallas.compat import has_mosaic, interpreting
+from isthmus.pallas.flash.mosaic import refuse_device
+from isthmus.pallas.quant8.api import QTensor, values
+from isthmus.pallas.quant8.codec import encode
+from isthmus.pallas.quant8.ref import Rates, direction, moved
+
+#: Blocks that the kernel is compiled for; of longer ones, a lane's numbers
+#: don't fit its registers.
+BLOCKS = (128, 256, 512, 1024)
+#: Numbers of a warpgroup: 16 of each array in a thread's registers.
+TILE = 2048
+#: Numbers that a thread reads at once.
+WORD = 4
+
+
+def adam(
+  g: Float[Array, "..."],
+  m: QTensor,
+  v: QTensor,
+  rates: Rates,
+  p: Float[Array, "..."] | None = None,
+) -> tuple[Float[Array, "..."], QTensor, QTensor]:
+  """One step; see `isthmus.pallas.quant8.step.adam`.
+
+  Example:
+    >>> from isthmus.pallas.quant8.api import zeros
+    >>> from isthmus.pallas.quant8.ref import rates
+    >>> g, m = jnp.ones((16, 512)), zeros((16, 512))
+    >>> u, *_ = jax.eval_shape(lambda g, m: adam(g, m, m, rates(1)), g, m)
+    >>> u.shape
+    (16, 512)
+  """
+  import jax.experimental.pallas as pl
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  block, rows = m.block, _rows(m.block)
+  lines = g.size // block
+  layout = _layout(plgpu)
+  numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in rates])
+
+  def flat(x: Any):
+    return x.reshape(lines, block)
+
+  arrays = [flat(g), flat(m.codes), flat(v.codes)]
+  arrays += [m.absmax.reshape(lines), v.absmax.reshape(lines), numbers]
+  arrays += [] if p is None else [flat(p)]
+
+  def body(*refs: Any):
+    g_ref, m_ref, v_ref, ma_ref, va_ref, numbers_ref, *rest = refs
+    p_ref, outs = (None, rest) if p is None else (rest[0], rest[1:])
+    out_ref, m_out, v_out, ma_out, va_out = outs
+    at = pl.ds(jax.lax.axis_index("item") * rows, rows)
+    rates = Rates(*(numbers_ref[i] for i in range(len(Rates._fields))))
+
+    def load(ref: Any, layout: Any):
+      return plgpu.load(ref.at[at], layout=layout, optimized=False)
+
+    def wide(scale: Any):
+      return jax.lax.broadcast_in_dim(scale, (rows, block), [0])
+
+    def moment(codes_ref: Any, scale_ref: Any, map: Any):
+      codes = load(codes_ref, layout).astype(jnp.int32)
+      return values(codes, wide(load(scale_ref, layout.reduce(1))), map)
+
+    grad = load(g_ref, layout).astype(jnp.float32)
+    u, m1, v1 = direction(
+      grad, moment(m_ref, ma_ref, m.map), moment(v_ref, va_ref, v.map), rates
+    )
+    if p_ref is not None:
+      u = moved(load(p_ref, layout), u, rates)
+    out_ref[at] = u
+    for x, map, codes_ref, scale_ref in (
+      (m1, m.map, m_out, ma_out),
+      (v1, v.map, v_out, va_out),
+    ):
+      x = jnp.sqrt(x) if map.root else x
+      scale = (jnp.abs(x) if map.signed else x).max(axis=1)
+      inverse = 1 / jnp.where(scale > 0, scale, 1.0)
+      codes = encode(x * wide(inverse), map, exact=False)
+      codes_ref[at] = codes.astype(jnp.uint8)
+      scale_ref[at] = scale
+
+  shape = jax.ShapeDtypeStruct
+  coded, scales = shape((lines, block), jnp.uint8), shape((lines,), jnp.float32)
+  kernel = plgpu.kernel(
+    body,
+    out_type=(
+      shape((lines, block), jnp.float32 if p is None else p.dtype),
+      *(coded, coded, scales, scales),
+    ),
+    grid=(lines // rows,),
+    grid_names=("item",),
+    kernel_name="adam8bit",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+  )
+  out, m1, v1, ma, va = kernel(*arrays)
+  return out.reshape(g.shape), _with(m, m1, ma), _with(v, v1, va)
+
+
+def refuse(
+  g: Any, m: QTensor, v: QTensor, rates: Any, p: Any = None
+) -> str | None:
+  """Why the kernel can't take a call, or None.
+
+  Example:
+    >>> from isthmus.pallas.quant8.api import zeros
+    >>> m = zeros((16, 512))
+    >>> refuse(jnp.ones((16, 512)), m, m, None)  # on a CPU
+    'it needs an NVIDIA Hopper GPU, and the platform is cpu'
+  """
+  del v, rates
+  if not has_mosaic():
+    return f"it needs jax 0.11, and this is {jax.__version__}"
+  if not interpreting():
+    reason = refuse_device()
+    if reason is not None:
+      return reason
+  kinds = (jnp.float32, jnp.bfloat16, jnp.float16)
+  for name, x in (("gradients", g), ("parameters", p)):
+    if x is not None and x.dtype not in kinds:
+      return f"it takes {name} of float32, bfloat16 and float16, not {x.dtype}"
+  if m.block not in BLOCKS:
+    return f"it takes blocks of {BLOCKS}, not {m.block}"
+  if m.axis not in (None, -1):
+    return f"it takes blocks along the last axis, not {m.axis}"
+  length = g.size if m.axis is None else g.shape[-1]
+  if length % m.block:
+    return f"it takes whole blocks of {m.block}, not {length} numbers"
+  rows = _rows(m.block)
+  if not g.size or g.size // m.block % rows:
+    return (
+      f"it takes blocks of {m.block} by {rows}, not {g.size // m.block} of them"
+    )
+  return None
+
+
+def _rows(block: int) -> int:
+  """Blocks of a warpgroup."""
+  return max(TILE // block, 4)
+
+
+def _layout(plgpu: Any) -> Any:
+  """Rows over warps, and runs of WORD numbers of a row over lanes."""
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 32 * WORD), (WORD,))),
+    warp_dims=(-3,),
+    lane_dims=(-2,),
+    vector_dim=-1,
+  )
+
+
+def _with(q: QTensor, codes: Any, absmax: Any) -> QTensor:
+  return QTensor(
+    codes.reshape(q.shape),
+    absmax.reshape(q.blocks.scales),
+    q.map,
+    q.block,
+    q.axis,
+    q.dtype,
+  )
