@@ -95,6 +95,12 @@ CASES = {
   name: (shape, {"block": 4, "top_k": 3, **settings})
   for name, (shape, settings) in CASES.items()
 }
+#: Those that others hold much of.
+SLOW = (
+  *("one", "own only", "one block", "more keys", "segments"),
+  *("past the end, every block", "every token a segment"),
+  "not causal, more keys",
+)
 # Whose queries all read everything that they may.
 WHOLE = (
   *("one", "one block", "past the end, every block"),
@@ -123,7 +129,10 @@ def both(shape, settings, impl, dtype=jnp.float32, seed=0, coarse=False):
   return vjp(ours, (q, key, v), do, dlse), wide, low, mask
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in CASES],
+)
 def test_equals_the_sets(case, impl):
   ours, wide, low, mask = both(*CASES[case], impl)
   check(ours, wide, low, 2e-5)

@@ -14,6 +14,8 @@ from isthmus.attention.schedule import (
 )
 from isthmus.attention.simulate import BACKWARD, Machine, simulate
 
+pytestmark = pytest.mark.once
+
 H, S, D = 8, 64, 32
 SLOW = Machine(flops=1.0, ahead=1.0, behind=1.0)
 

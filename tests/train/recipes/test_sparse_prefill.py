@@ -14,6 +14,8 @@ from isthmus.train.metrics.prefill import gauged, measure
 from isthmus.train.recipes import sparse_prefill as recipe
 from isthmus.train.recipes.sparse_prefill import LEVELS, way
 
+pytestmark = pytest.mark.once
+
 BLOCK, T = 16, 256
 
 
@@ -99,7 +101,7 @@ def test_smoke_writes_a_table_and_a_figure(tmp_path):
 def test_variants_need_no_weights_to_be_built():
   full, small = recipe.get_config("full"), recipe.get_config("small")
   assert max(full.contexts) == 8192 and small.block == 64
-  assert set(full.levels) == set(small.levels) == set(LEVELS)
+  assert set(full.levels) == set(LEVELS) > set(small.levels)
   assert full.facts <= len(NAMES)
 
 

@@ -10,6 +10,8 @@ import pytest
 from isthmus.attention.schedule import SCHEDULES, directions, messages
 from isthmus.train.recipes import token_ring as recipe
 
+pytestmark = pytest.mark.once
+
 SMOKE = recipe.get_config("smoke")
 
 
