@@ -134,7 +134,7 @@ def measure(
     >>> from isthmus.nets.transformer import Decoder
     >>> model = Decoder(vocab_size=257, width=8, depth=1, num_heads=2)
     >>> text = np.full((1, 97), 97, np.int32)
-    >>> params = model.init(jax.random.key(0), text)["params"]
+    >>> params = model.init(jax.random.key(0), jnp.asarray(text))["params"]
     >>> row, mark = Facts(Bytes(), count=1)(text[0], np.random.default_rng(0))
     >>> weights = np.ones((1, 96), np.float32)
     >>> said, figures = measure(
