@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 COMMANDS = ("show", "doctor", "generate", "export", "table", "verify")
+#: Seconds of silence after which a process counts as dead and the others end.
+HEARTBEAT = 40
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,7 +174,7 @@ def _join(args: argparse.Namespace) -> None:
   import jax
 
   try:
-    jax.distributed.initialize(*given)
+    jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(" ".join(str(error).split())) from error
 
