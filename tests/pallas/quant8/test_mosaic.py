@@ -1,0 +1,147 @@
+"""The fused step: interpreted on a CPU, lowered for CUDA, refused elsewhere."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.pallas.compat import has_mosaic, interpreted
+from isthmus.pallas.quant8 import mosaic, step
+from isthmus.pallas.quant8.api import quantise, zeros
+from isthmus.pallas.quant8.codec import decode
+from isthmus.pallas.quant8.maps import NOZERO, ROOT, SIGNED, UNSIGNED, Map
+from isthmus.pallas.quant8.ref import rates
+
+pytestmark = pytest.mark.once
+
+needs_mosaic = pytest.mark.skipif(
+  not has_mosaic(), reason="the kernel needs jax 0.11"
+)
+RATES = {"learning_rate": 0.1, "weight_decay": 0.01, "b2": 0.95}
+CASES = {
+  "roots": {},
+  "plain": {"second": UNSIGNED},
+  "no zero": {"second": NOZERO},
+  "linear": {"first": Map(kind="linear")},
+  "updates": {"given": False},
+  "bfloat16": {"dtype": jnp.bfloat16},
+  "block of 1024": {"shape": (4, 1024), "block": 1024},
+  "block of 128, rows across": {"shape": (32, 192), "block": 128, "axis": None},
+}
+
+
+def case(
+  shape=(8, 512),
+  block=256,
+  axis=-1,
+  first=SIGNED,
+  second=ROOT,
+  dtype=jnp.float32,
+  given=True,
+):
+  keys = jax.random.split(jax.random.key(0), 4)
+  g, m, v, p = (jax.random.normal(k, shape) for k in keys)
+  uneven = jnp.exp(2 * g)
+  cut = {"block": block, "axis": axis}
+  m = quantise(0.1 * m * uneven, map=first, **cut)
+  v = quantise(jnp.square(v * uneven), map=second, **cut)
+  return (
+    g.astype(dtype),
+    m,
+    v,
+    rates(3, **RATES),
+    (p.astype(dtype) if given else None),
+  )
+
+
+def equals_the_reference(args):
+  got = step.adam(*args, impl="mosaic")
+  want = jax.jit(lambda *x: step.adam(*x, impl="xla"))(*args)
+  low = got[0].dtype == jnp.bfloat16
+  assert got[0].dtype == want[0].dtype
+  np.testing.assert_allclose(
+    got[0].astype(jnp.float32),
+    want[0].astype(jnp.float32),
+    **({"atol": 2e-2} if low else {"rtol": 1e-4, "atol": 1e-5}),
+  )
+  for x, y in zip(got[1:], want[1:], strict=True):
+    assert (x.map, x.block, x.axis, x.dtype) == (
+      y.map,
+      y.block,
+      y.axis,
+      y.dtype,
+    )
+    np.testing.assert_allclose(x.absmax, y.absmax, rtol=1e-5)
+    a, b = (decode(q.codes.astype(jnp.int32), q.map) for q in (x, y))
+    # Neighbouring codes at most, and those where a number lies between them.
+    off = x.codes != y.codes
+    assert off.mean() < 5e-3
+    assert jnp.abs(x.codes.astype(int) - y.codes.astype(int)).max() <= 1
+    assert (jnp.abs(a - b) <= 0.02).all()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name):
+  with interpreted():
+    equals_the_reference(case(**CASES[name]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_on_gpu(name):
+  equals_the_reference(case(**CASES[name]))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_in_the_cuda_program_once(name):
+  g, m, v, given, p = case(**CASES[name])
+  f = jax.jit(lambda g, m, v, p: mosaic.adam(g, m, v, given, p))
+  lowered = f.trace(g, m, v, p).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert len(re.findall(r"custom_call @\w*mosaic_gpu\w*", text)) == 1
+  assert "gather" not in text
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  "how, said",
+  [
+    ({}, None),
+    ({"axis": None}, None),
+    ({"block": 2048, "shape": (4, 2048)}, "it takes blocks of (128,"),
+    ({"block": 64}, "it takes blocks of (128,"),
+    ({"axis": -2, "shape": (512, 8)}, "it takes blocks along the last axis"),
+    ({"shape": (8, 300)}, "it takes whole blocks of 256, not 300"),
+    ({"shape": (3, 256)}, "it takes blocks of 256 by 8, not 3"),
+    ({"shape": (0, 256)}, "it takes blocks of 256 by 8, not 0"),
+  ],
+)
+def test_what_is_refused(how, said):
+  with interpreted():
+    found = mosaic.refuse(*case(**how))
+  assert found == said or (said and found.startswith(said))
+
+
+def test_other_dtypes_are_refused():
+  q = zeros((8, 512))
+  g = jax.ShapeDtypeStruct((8, 512), jnp.int32)
+  if has_mosaic():
+    with interpreted():
+      assert mosaic.refuse(g, q, q, None).startswith("it takes gradients of")
+
+
+def test_a_machine_without_hopper_is_refused(monkeypatch):
+  args = case()
+  if has_mosaic():
+    said = "it needs an NVIDIA Hopper GPU, and the platform is cpu"
+    assert mosaic.refuse(*args) == said
+    with pytest.raises(NotImplementedError, match=said):
+      step.adam(*args, impl="mosaic")
+  monkeypatch.setattr(mosaic, "has_mosaic", lambda: False)
+  assert (
+    mosaic.refuse(*args) == f"it needs jax 0.11, and this is {jax.__version__}"
+  )
