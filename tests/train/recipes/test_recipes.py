@@ -10,6 +10,7 @@ from isthmus.train import config
 from tests.train.recipes import suite
 
 RECIPES = [
+  "adam8bit",
   "hourglass_mlp",
   "moba",
   "moba_snr",
