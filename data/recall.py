@@ -34,7 +34,7 @@ class Facts:
     >>> hay = np.full(90, 97, np.int32)
     >>> tokens, asked = facts(hay, np.random.default_rng(0))
     >>> print(Bytes().decode(tokens))
-    aaaaaaaaa
+    aaaaaaaaaa
     # The secret number of Oslo is 86
     aaaaaaaaaaa
     # The secret number of Oslo is 86
