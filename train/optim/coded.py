@@ -148,10 +148,13 @@ def _sweep(function, given, trees, moments, maps, codes):
   out, new, done = [], [[] for _ in maps], None
   for (name, _), first, *rest in zip(plan, *given_arrays, *held, strict=True):
     spec = codes.spec(name, first.ndim) if codes.rules else None
-    results = local(function, spec)(given, after(first, done), *rest)
-    done = results[0]
-    out.append(done)
+    # Of all it reads, codes are the least to wait: what waits may be copied.
+    count = len(rest) - len(maps)
+    others, waiting = rest[:count], after(tuple(rest[count:]), done)
+    results = local(function, spec)(given, first, *others, *waiting)
+    out.append(results[0])
     renewed = results[len(trees) :]
+    done = jax.tree.leaves(renewed)[-1]
     for parts, x in zip(new, renewed, strict=True):
       kept = isinstance(x, QTensor)
       parts.append((x.codes, x.absmax) if kept else (x, None))
