@@ -10,6 +10,8 @@ import pytest
 from isthmus.pallas.quant8.codec import decode, encode
 from isthmus.pallas.quant8.maps import SIGNED, UNSIGNED, Map, table
 
+pytestmark = pytest.mark.once
+
 MAPS = {
   "signed": SIGNED,
   "unsigned": UNSIGNED,

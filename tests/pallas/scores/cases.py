@@ -25,7 +25,7 @@ CASES = {
 
 
 def check(reduce_scores, name, dtype):
-  """lse is that of the softmax, so that sums are shares; and of some -inf."""
+  """True: it equals them. lse is the softmax's; some are -inf."""
   (r, c, h, g, d), options = CASES[name]
   x, *_ = inputs(2, r, 1, h, h, d, dtype=dtype)
   y, *_ = inputs(2, c, 1, g, g, d, dtype=dtype, seed=1)
@@ -53,3 +53,4 @@ def check(reduce_scores, name, dtype):
   )
   assert found.shape == want.shape and found.dtype == jnp.float32
   np.testing.assert_allclose(found, want, atol=2e-6, rtol=2e-5)
+  return True

@@ -20,13 +20,13 @@ needs_mosaic = pytest.mark.skipif(
 @pytest.mark.parametrize("name", CASES)
 def test_equals_all_scores(name):
   with interpreted():
-    check(mosaic.reduce_scores, name, jnp.bfloat16)
+    assert check(mosaic.reduce_scores, name, jnp.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_equals_all_scores_on_gpu(name):
-  check(mosaic.reduce_scores, name, jnp.bfloat16)
+  assert check(mosaic.reduce_scores, name, jnp.bfloat16)
 
 
 @needs_mosaic

@@ -12,6 +12,6 @@ pytestmark = pytest.mark.once
 @pytest.mark.parametrize("name", CASES)
 def test_equals_all_scores(name, monkeypatch):
   """At once, and in portions of some rows."""
-  check(ref.reduce_scores, name, jnp.float32)
+  assert check(ref.reduce_scores, name, jnp.float32)
   monkeypatch.setattr(ref, "SIZE", 2000)
-  check(ref.reduce_scores, name, jnp.float32)
+  assert check(ref.reduce_scores, name, jnp.float32)
