@@ -174,8 +174,8 @@ def test_states_take_the_bytes_of_the_formula():
 
 @pytest.mark.once
 @pytest.mark.parametrize("shape, count", [((2048, 1024), 6), ((512, 512), 48)])
-def test_temporaries_are_of_one_parameter_at_a_time(shape, count):
-  """Without float32 moments of them all: what is shown is the peak."""
+def test_temporaries_hold_no_moments_in_32_bits(shape, count):
+  """Of all parameters together, which would be 8 bytes a number."""
   params = {str(i): jnp.zeros(shape) for i in range(count)}
   one, total = params["0"].size, sum(x.size for x in params.values())
   tx = scale_by_adam8bit()
