@@ -1,7 +1,8 @@
-"""From the blocks of each query to the queries of each block, without atomics.
+"""From the blocks of each query to the queries of each block, in one order.
 
 A stable sort of the choices by block leaves the queries of a block side by
-side and ascending: one order, whatever runs it.
+side and ascending, whatever runs it. Beside that whole numbers are counted, and
+written each to a place of its own: no order of writes is told by the result.
 """
 
 import functools
