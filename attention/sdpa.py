@@ -233,9 +233,9 @@ def prepare(
 
   Args:
     q, k, v: arrays, or `jax.ShapeDtypeStruct`s.
-    causal, window, mask, segment_ids, kv_segment_ids, q_positions,
-      kv_positions, scale, softcap, sinks, dropout_rate, dropout_key,
-      return_lse: of `attention`.
+    causal, window, mask, segment_ids, kv_segment_ids: of `attention`.
+    q_positions, kv_positions, scale, softcap, sinks: of `attention`.
+    dropout_rate, dropout_key, return_lse: of `attention`.
 
   Raises:
     ValueError: every refusal that no implementation lifts.
