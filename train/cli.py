@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 COMMANDS = ("show", "doctor", "generate", "export", "table", "verify")
-#: Seconds of silence after which a process counts as dead and the others end.
-HEARTBEAT = 40
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,30 +151,19 @@ def _run(argv: list[str]) -> int:
 
 def _join(args: argparse.Namespace) -> None:
   """Joins the other processes of the run, if it has any."""
+  from isthmus.train import hosts
   from isthmus.train.config import ConfigError
 
   given = (args.coordinator, args.processes, args.process)
   if any(v is not None for v in given):
-    if None in given:
+    if None in given or args.distributed:
       raise ConfigError(
-        "--coordinator, --processes and --process are given together"
+        "--coordinator, --processes and --process are given together, and "
+        "without --distributed"
       )
-    host, colon, port = args.coordinator.rpartition(":")
-    if not (host and colon and port.isdecimal()):
-      raise ConfigError(f"--coordinator {args.coordinator}: not HOST:PORT")
-    if not 0 <= args.process < args.processes:
-      raise ConfigError(
-        f"--process {args.process} of --processes {args.processes}: they are "
-        "counted from 0"
-      )
-  elif not args.distributed:
-    return
-  import jax
-
-  try:
-    jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT)
-  except (ValueError, RuntimeError) as error:
-    raise ConfigError(" ".join(str(error).split())) from error
+    hosts.join(*given)
+  elif args.distributed:
+    hosts.join_cluster()
 
 
 def _print_results(results: dict[str, float]) -> None:

@@ -10,7 +10,8 @@ from isthmus.train.ckpt import restore_params
 from tests.train.child import TOY, Child, records
 
 
-def _port() -> int:
+def port() -> int:
+  """One that is free."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
     return s.getsockname()[1]
@@ -20,9 +21,8 @@ def start(
   workdir: pathlib.Path, folder: pathlib.Path, *more: object
 ) -> list[Child]:
   """The toy, its parameters split over the four devices."""
-  port = _port()
   argv = ["--config", f"{TOY}:all", "--workdir", workdir, *more]
-  argv += ["--coordinator", f"localhost:{port}", "--processes", 2]
+  argv += ["--coordinator", f"localhost:{port()}", "--processes", 2]
   return [
     Child(*argv, "--process", i, folder=folder, devices=2) for i in (0, 1)
   ]
