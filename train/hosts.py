@@ -56,10 +56,13 @@ def join_cluster() -> None:
     ConfigError: GPUs that can't be shared out, no cluster, or no answer.
 
   Example:
-    >>> join_cluster()
+    >>> node = {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "3"}
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, {**node, "SLURM_GPUS_ON_NODE": "8"}):
+    ...   join_cluster()
     Traceback (most recent call last):
       ...
-    isthmus.train.config.ConfigError: --distributed finds no cluster: ...
+    isthmus.train.config.ConfigError: 3 tasks on a node that shows each 8 ...
   """
   try:
     _initialize(local_device_ids=slurm_devices(os.environ))

@@ -65,6 +65,13 @@ def test_gpus_that_tasks_cannot_share_are_refused():
     slurm_devices(three)
 
 
+@pytest.mark.process
+def test_no_cluster_is_said_in_a_line(tmp_path):
+  child = Child("--distributed", folder=tmp_path)
+  assert child.wait() == 2
+  assert "finds no cluster" in child.err and "--coordinator" in child.err
+
+
 def _cut(workdir, folder):
   """A copy of a finished run as it was two steps before its end."""
   shutil.copytree(workdir, folder)
