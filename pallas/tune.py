@@ -304,9 +304,9 @@ def refuse() -> str | None:
     >>> refuse()  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
-  from isthmus.pallas.flash.mosaic import refuse_device
+  from isthmus.pallas.hopper import refuse_machine
 
-  reason = refuse_device()
+  reason = refuse_machine()
   if reason is None and not has_mosaic():
     reason = f"it needs jax 0.11, and this is {jax.__version__}"
   return reason

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from isthmus.pallas.compat import has_mosaic, interpreting
-from isthmus.pallas.dispatch import platform
 from isthmus.pallas.flash import joint
 from isthmus.pallas.flash import lists as listing
 from isthmus.pallas.flash import plan as planning
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.predicate import Band
 from isthmus.pallas.flash.ref import LSE, OUT, may_miss
+from isthmus.pallas.hopper import refuse_machine
 
 #: Tokens of a tile, of queries and of keys; `tile.BLOCK`, which can't be
 #: imported where jax has no Mosaic GPU.
@@ -118,31 +117,10 @@ def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
     >>> refuse(x, x, x, Extras(), options=Options())  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
-  if not has_mosaic():
-    return f"it needs jax 0.11, and this is {jax.__version__}"
-  if not interpreting():
-    reason = refuse_device()
-    if reason is not None:
-      return reason
+  reason = refuse_machine()
+  if reason is not None:
+    return reason
   return refuse_call(q, k, v, extras, options)
-
-
-def refuse_device() -> str | None:
-  """Why this machine can't run the kernels, or None.
-
-  Example:
-    >>> refuse_device()  # on a CPU
-    'it needs an NVIDIA Hopper GPU, and the platform is cpu'
-  """
-  if platform() != "gpu":
-    return f"it needs an NVIDIA Hopper GPU, and the platform is {platform()}"
-  capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-  if capability != "9.0":
-    return (
-      "it needs a Hopper GPU of compute capability 9.0, and this is "
-      f"{jax.local_devices()[0]} of {capability or 'none'}"
-    )
-  return None
 
 
 def refuse_call(q, k, v, extras: Extras, options: Options) -> str | None:

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from isthmus.pallas.compat import has_mosaic, interpreting
-from isthmus.pallas.flash.mosaic import refuse_device
 from isthmus.pallas.flash.ref import LSE, OUT
+from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.moba.api import Extras, Options
 from isthmus.pallas.moba.layout import BlockLayout
 from isthmus.pallas.moba.parts import merged, summed, taken
@@ -77,12 +76,9 @@ def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
     >>> refuse(x, x, x, extras, options=options)  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
-  if not has_mosaic():
-    return f"it needs jax 0.11, and this is {jax.__version__}"
-  if not interpreting():
-    reason = refuse_device()
-    if reason is not None:
-      return reason
+  reason = refuse_machine()
+  if reason is not None:
+    return reason
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it takes bfloat16 and float16, not {q.dtype}"
   if not options.scale > 0:

@@ -1,11 +1,9 @@
 """Reduced scores on Hopper: the Mosaic GPU kernel behind the common call."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.pallas.compat import has_mosaic, interpreting
-from isthmus.pallas.flash.mosaic import refuse_device
+from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.scores.api import Options, offset
 
 #: The widths that the kernel is compiled for; others are padded with zeros.
@@ -66,12 +64,9 @@ def refuse(x, y, lse, *, options: Options) -> str | None:
     >>> refuse(x, x, None, options=Options(32))  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
-  if not has_mosaic():
-    return f"it needs jax 0.11, and this is {jax.__version__}"
-  if not interpreting():
-    reason = refuse_device()
-    if reason is not None:
-      return reason
+  reason = refuse_machine()
+  if reason is not None:
+    return reason
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it takes bfloat16 and float16, not {x.dtype}"
   if options.side % 8:

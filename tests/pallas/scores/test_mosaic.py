@@ -57,6 +57,8 @@ def test_what_is_refused(dtype, d, side, said):
     assert mosaic.refuse(x, x, None, options=Options(side)) == said
 
 
-def test_a_machine_without_hopper_is_refused():
+def test_a_machine_without_hopper_is_refused(monkeypatch):
   x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
   assert "it needs" in mosaic.refuse(x, x, None, options=Options(32))
+  monkeypatch.setattr(mosaic, "refuse_machine", lambda: None)
+  assert mosaic.refuse(x, x, None, options=Options(32)) is None
