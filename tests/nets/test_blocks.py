@@ -2,7 +2,9 @@
 
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 from isthmus.attention import attention, moba
@@ -20,6 +22,7 @@ from isthmus.nets import (
   SqueezeExcite,
   Stack,
 )
+from isthmus.nets.dit import DiT
 from isthmus.nets.lm.hybrid import HybridDecoder, Layer, take_turns
 from isthmus.nets.vision.vit import ViT
 from isthmus.train.mesh import P
@@ -93,6 +96,31 @@ def _vit(dtype, dropout=0.0):
     scan=False,
     dtype=dtype,
     dropout=dropout,
+  )
+
+
+class AtTimes(nn.Module):
+  """A DiT, each row at a time of its own."""
+
+  net: nn.Module
+
+  def __call__(self, x, *, train=False):
+    rows = jnp.arange(len(x))
+    return self.net(x, rows / len(x), rows % 3, train=train)
+
+
+def _dit(dtype):
+  return AtTimes(
+    DiT(
+      size=(4, 6),
+      patch=2,
+      width=32,
+      depth=2,
+      num_heads=4,
+      classes=3,
+      scan=False,
+      dtype=dtype,
+    )
   )
 
 
@@ -187,6 +215,14 @@ BLOCKS = [
     wide=True,
     rules=ATTENTION + MLP,
     dropout=True,
+  ),
+  Entry(
+    name="dit",
+    build=_dit,
+    inputs=_pictures,
+    output=(8, 4, 6, 3),
+    wide=True,
+    rules=ATTENTION + MLP,
   ),
 ]
 

@@ -140,7 +140,7 @@ class Restore:
   ) -> Sums:
     """Sums over the valid rows: mse, psnr, psnr_input, rows."""
     image, valid = batch["image"], batch["valid"].astype(jnp.float32)
-    corrupted = jax.vmap(self.corruption)(image, _keys(image))
+    corrupted = jax.vmap(self.corruption)(image, image_keys(image))
     out = model.apply({"params": params, **mutables}, corrupted, train=False)
     mse = _mse(_images(out), image)
     return {
@@ -184,8 +184,17 @@ def _psnr(mse: Float[Array, "b"]) -> Float[Array, "b"]:
   return -10 * jnp.log10(jnp.maximum(mse, 1e-10))
 
 
-def _keys(image: Float[Array, "b y x c"]) -> Key[Array, "b"]:
-  """A key for each image: a hash of its pixels, to 8 bits each."""
+def image_keys(image: Float[Array, "b y x c"]) -> Key[Array, "b"]:
+  """A key for each image: a hash of its pixels, to 8 bits each.
+
+  Args:
+    image: values in [0, 1].
+
+  Example:
+    >>> keys = image_keys(jnp.arange(8.0).reshape(2, 2, 2, 1) / 8)
+    >>> keys.shape, bool((keys[0] == keys[1]).all())
+    ((2,), False)
+  """
   pixels = jnp.round(image * 255).astype(jnp.uint32).reshape(len(image), -1)
   # Odd multipliers, different at each pixel: a moved image has another hash.
   place = jnp.arange(pixels.shape[-1], dtype=jnp.uint32)

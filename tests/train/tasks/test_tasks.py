@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from isthmus.train.tasks.classify import Classify
+from isthmus.train.tasks.flow import FlowMatching
 from isthmus.train.tasks.lm import NextToken
 from isthmus.train.tasks.restore import Downsample, Restore
 from isthmus.train.tasks.segment import Segment
@@ -52,6 +53,23 @@ def _restorer(**kwargs):
 def _pictures(rows):
   image = np.random.default_rng(0).random((rows, 4, 4, 3))
   return {"image": image.astype(np.float32)}
+
+
+class Moving(nn.Module):
+  """A velocity of each pixel, by its value and the time."""
+
+  net: nn.Module
+
+  def __call__(self, x, t, *, train=False):
+    when = jnp.broadcast_to(t[:, None, None, None], (*x.shape[:-1], 1))
+    return self.net(jnp.concatenate([x, when], -1), train=train)
+
+  def flops_per_row(self, shape):
+    return self.net.flops_per_row((*shape[:-1], shape[-1] + 1))
+
+
+def _mover(**kwargs):
+  return Moving(Net(3, **kwargs))
 
 
 def _images(rows):
@@ -109,6 +127,14 @@ TASKS = [
     task=Restore(corruption=Downsample(factor=2)),
     model=_restorer,
     batch=_pictures,
+  ),
+  Entry(
+    name="flow matching",
+    task=FlowMatching(),
+    model=_mover,
+    batch=_pictures,
+    draws=True,
+    learns=0.9,
   ),
   Entry(
     name="segment",
