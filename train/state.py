@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from isthmus.train.optim.fuse import advance
 from isthmus.train.tasks.task import Batch, Task
 
 
@@ -105,7 +106,8 @@ def make_step(
   Args:
     model: a Linen module.
     task: see `isthmus.train.tasks.task`.
-    tx: an optax transformation.
+    tx: an optax transformation. One that is `Fused` takes the step itself,
+      see `isthmus.train.optim.fuse`.
     accumulate: number of micro-batches; divides the batch's rows.
     ema: decay d of `ema <- d ema + (1 - d) params`, or None.
 
@@ -166,8 +168,7 @@ def make_step(
       grads, mutables, _, metrics = gradient(*args)
     else:
       grads, mutables, metrics = accumulated(*args)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = advance(tx, state.params, grads, state.opt_state)
     average = state.ema
     if ema is not None:
       average = jax.tree.map(

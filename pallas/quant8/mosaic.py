@@ -3,7 +3,8 @@
 A warp takes a block, a lane a few numbers of it that lie side by side: it
 reads codes, gradients and parameters, brings the moments up to date, takes
 the step, finds the block's largest magnitudes by shuffles, and writes codes
-and parameters, each once. There is no table: gathers from registers don't
+and parameters where it read them, each once: of donated ones nothing is
+copied. There is no table: gathers from registers don't
 exist, and codes are found by arithmetic, see `isthmus.pallas.quant8.codec`,
 by the quick encoder, so that a number as near to one value as to the next may
 take another code than in XLA.
@@ -15,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.pallas.compat import has_mosaic, interpreting
-from isthmus.pallas.flash.mosaic import refuse_device
+from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.quant8.api import QTensor, values
 from isthmus.pallas.quant8.codec import encode
 from isthmus.pallas.quant8.ref import Rates, direction, moved
@@ -58,14 +58,14 @@ def adam(
   def flat(x: Any):
     return x.reshape(lines, block)
 
-  arrays = [flat(g), flat(m.codes), flat(v.codes)]
-  arrays += [m.absmax.reshape(lines), v.absmax.reshape(lines), numbers]
-  arrays += [] if p is None else [flat(p)]
+  # Written where they are read: the moments and, if given, the parameters.
+  held = [flat(m.codes), m.absmax.reshape(lines)]
+  held += [flat(v.codes), v.absmax.reshape(lines)]
+  held += [] if p is None else [flat(p)]
+  refs = [jax.new_ref(x) for x in held]
 
-  def body(*refs: Any):
-    g_ref, m_ref, v_ref, ma_ref, va_ref, numbers_ref, *rest = refs
-    p_ref, outs = (None, rest) if p is None else (rest[0], rest[1:])
-    out_ref, m_out, v_out, ma_out, va_out = outs
+  def body(numbers_ref: Any, g_ref: Any, *refs: Any):
+    m_ref, ma_ref, v_ref, va_ref, out_ref = refs  # the last is of p, or of u
     at = pl.ds(jax.lax.axis_index("item") * rows, rows)
     rates = Rates(*(numbers_ref[i] for i in range(len(Rates._fields))))
 
@@ -83,12 +83,12 @@ def adam(
     u, m1, v1 = direction(
       grad, moment(m_ref, ma_ref, m.map), moment(v_ref, va_ref, v.map), rates
     )
-    if p_ref is not None:
-      u = moved(load(p_ref, layout), u, rates)
+    if p is not None:
+      u = moved(load(out_ref, layout), u, rates)
     out_ref[at] = u
     for x, map, codes_ref, scale_ref in (
-      (m1, m.map, m_out, ma_out),
-      (v1, v.map, v_out, va_out),
+      (m1, m.map, m_ref, ma_ref),
+      (v1, v.map, v_ref, va_ref),
     ):
       x = jnp.sqrt(x) if map.root else x
       scale = (jnp.abs(x) if map.signed else x).max(axis=1)
@@ -97,14 +97,10 @@ def adam(
       codes_ref[at] = codes.astype(jnp.uint8)
       scale_ref[at] = scale
 
-  shape = jax.ShapeDtypeStruct
-  coded, scales = shape((lines, block), jnp.uint8), shape((lines,), jnp.float32)
+  out = jax.ShapeDtypeStruct((lines, block), jnp.float32)
   kernel = plgpu.kernel(
     body,
-    out_type=(
-      shape((lines, block), jnp.float32 if p is None else p.dtype),
-      *(coded, coded, scales, scales),
-    ),
+    out_type=() if p is not None else (out,),
     grid=(lines // rows,),
     grid_names=("item",),
     kernel_name="adam8bit",
@@ -113,7 +109,9 @@ def adam(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )
-  out, m1, v1, ma, va = kernel(*arrays)
+  outs = kernel(numbers, flat(g), *refs)
+  m1, ma, v1, va, *rest = (jax.freeze(x) for x in refs)
+  out = (*rest, *outs)[0]
   return out.reshape(g.shape), _with(m, m1, ma), _with(v, v1, va)
 
 
@@ -129,12 +127,9 @@ def refuse(
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
   del v, rates
-  if not has_mosaic():
-    return f"it needs jax 0.11, and this is {jax.__version__}"
-  if not interpreting():
-    reason = refuse_device()
-    if reason is not None:
-      return reason
+  reason = refuse_machine()
+  if reason is not None:
+    return reason
   kinds = (jnp.float32, jnp.bfloat16, jnp.float16)
   for name, x in (("gradients", g), ("parameters", p)):
     if x is not None and x.dtype not in kinds:

@@ -23,6 +23,7 @@ class Rates(NamedTuple):
     scale2: `1 / sqrt(1 - b2^t)`.
     learning_rate: of the step, where there are parameters.
     weight_decay: decoupled, scaled by the learning rate.
+    clip: what gradients are multiplied by before anything else.
 
   Example:
     >>> rates(1, b1=0.9).scale1.round(3).item()
@@ -36,6 +37,21 @@ class Rates(NamedTuple):
   scale2: Any
   learning_rate: Any = 1.0
   weight_decay: Any = 0.0
+  clip: Any = 1.0
+
+
+class Move(NamedTuple):
+  """What a step does besides its direction: fields of `Rates`.
+
+  Example:
+    >>> one = jnp.ones(1)
+    >>> moved(one, one, Move(learning_rate=0.25)).item()
+    0.75
+  """
+
+  learning_rate: Any = 1.0
+  weight_decay: Any = 0.0
+  clip: Any = 1.0
 
 
 def rates(
@@ -46,24 +62,25 @@ def rates(
   eps: Any = 1e-8,
   learning_rate: Any = 1.0,
   weight_decay: Any = 0.0,
+  clip: Any = 1.0,
 ) -> Rates:
   """The rates of a step, as float32.
 
   Args:
     step: counted from 1.
-    b1, b2, eps, learning_rate, weight_decay: of `Rates`.
+    b1, b2, eps, learning_rate, weight_decay, clip: of `Rates`.
 
   Example:
     >>> float(rates(2, weight_decay=0.5).weight_decay)
     0.5
   """
   t = jnp.asarray(step, jnp.float32)
-  b1, b2, eps, learning_rate, weight_decay = (
+  b1, b2, eps, *move = (
     jnp.asarray(x, jnp.float32)
-    for x in (b1, b2, eps, learning_rate, weight_decay)
+    for x in (b1, b2, eps, learning_rate, weight_decay, clip)
   )
   scale1, scale2 = 1 / (1 - b1**t), 1 / jnp.sqrt(1 - b2**t)
-  return Rates(b1, b2, eps, scale1, scale2, learning_rate, weight_decay)
+  return Rates(b1, b2, eps, scale1, scale2, *move)
 
 
 def adam(
@@ -105,13 +122,14 @@ def direction(
     >>> f"{direction(one, one, one, rates(1))[0].item():.4f}"
     '0.3162'
   """
+  g = rates.clip * g
   m = rates.b1 * m + (1 - rates.b1) * g
   v = rates.b2 * v + (1 - rates.b2) * jnp.square(g)
   return rates.scale1 * m / (rates.scale2 * jnp.sqrt(v) + rates.eps), m, v
 
 
 def moved(
-  p: Float[Array, "..."], u: Float32[Array, "..."], rates: Rates
+  p: Float[Array, "..."], u: Float32[Array, "..."], rates: Rates | Move
 ) -> Float[Array, "..."]:
   """`p - learning_rate (u + weight_decay p)`, in the dtype of p.
 

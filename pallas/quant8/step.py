@@ -39,9 +39,9 @@ def adam(
 ) -> tuple[Float[Array, "..."], QTensor, QTensor]:
   """One step of Adam: moments are read, renewed, used and written back.
 
-  `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = scale1 m /
-  (scale2 sqrt(v) + eps)`, all in float32; u is of the moments before they are
-  rounded. Given parameters, the step is also taken, which saves writing and
+  `g <- clip g`, `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`,
+  `u = scale1 m / (scale2 sqrt(v) + eps)`, all in float32; u is of the moments
+  before they are rounded. Given parameters, the step is also taken, which saves writing and
   reading u: `p <- p - learning_rate (u + weight_decay p)`.
 
   Args:
@@ -73,3 +73,28 @@ def adam(
   if m.blocks != v.blocks:
     raise ValueError(f"m is cut into {m.blocks}, and v into {v.blocks}")
   return ADAM(g, m, v, rates, p, impl=impl)
+
+
+def in_place(
+  g: Float[Array, "..."],
+  m: QTensor,
+  v: QTensor,
+  p: Float[Array, "..."] | None = None,
+  *,
+  impl: str | Sequence[str] | None = None,
+) -> bool:
+  """Whether `adam` of these writes where it reads, with no array besides.
+
+  Args:
+    g, m, v, p, impl: of `adam`; ShapeDtypeStructs serve as arrays.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from isthmus.pallas.quant8.api import zeros
+    >>> in_place(jnp.ones((16, 512)), zeros((16, 512)), zeros((16, 512)))
+    False
+  """
+  for row in ADAM.explain(g, m, v, None, p, impl=impl):
+    if row.verdict == "runs":
+      return row.name == "mosaic"
+  return False

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from isthmus.train.optim.fuse import Fused
 from isthmus.train.state import make_init, make_step
 from isthmus.train.tasks.task import Aux, Task
 
@@ -145,3 +146,23 @@ def test_init_depends_on_the_seed_alone():
   kernels = [s.params["out"]["kernel"] for s in states]
   assert (kernels[0] == kernels[1]).all()
   assert (kernels[0] != kernels[2]).any()
+
+
+def test_an_optimiser_takes_its_step_itself():
+  """Where it can; with the same numbers as by its update."""
+  plain, calls = optax.adam(0.1), []
+
+  def step(params, gradients, state):
+    calls.append(1)
+    updates, state = plain.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  ends = []
+  for tx in (plain, Fused(plain.init, plain.update, step)):
+    run = jax.jit(make_step(Net(), Weighted(), tx, accumulate=2, ema=0.5))
+    state = _state(tx, ema=0.5)
+    for _ in range(2):
+      state, metrics = run(state, _batch())
+    ends.append((state.params, state.opt_state, state.ema, metrics))
+  assert calls
+  jax.tree.map(np.testing.assert_array_equal, *ends)

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from isthmus.train.mesh import path_name
+from isthmus.train.optim import fuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,15 +81,18 @@ class Optimizer:
     return optax.join_schedules([rise, falls[self.decay]], [warmup])
 
   def build(self, steps: int) -> optax.GradientTransformation:
-    """The optax transformation for a run of `steps` steps."""
-    parts = []
-    if self.clip is not None:
-      parts.append(optax.clip_by_global_norm(self.clip))
-    parts.append(self.scale())
-    if self.weight_decay:
-      parts.append(optax.add_decayed_weights(self.weight_decay, self._decayed))
-    parts.append(optax.scale_by_learning_rate(self.schedule(steps)))
-    return optax.chain(*parts)
+    """The optax transformation for a run of `steps` steps.
+
+    It takes whole steps itself if its preconditioner can: see
+    `isthmus.train.optim.fuse`.
+    """
+    return fuse.chain(
+      self.scale(),
+      self.schedule(steps),
+      weight_decay=float(self.weight_decay),
+      decays=self._decayed,
+      clip=self.clip,
+    )
 
   def _decayed(self, params: Any) -> Any:
     return jax.tree.map_with_path(

@@ -17,7 +17,11 @@ LIMITS = {"cpu": 2**20, "gpu": 2**25, "tpu": 2**23}
 
 
 def local(
-  function: Callable[..., Any], spec: P | None, *, limit: int | None = None
+  function: Callable[..., Any],
+  spec: P | None,
+  *,
+  limit: int | None = None,
+  whole: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
   """`function(given, *arrays)`, each device taking its part of the arrays.
 
@@ -29,6 +33,7 @@ def local(
     function: results are like `arrays` in shape and dtype, number for number.
     spec: of the arrays, or None.
     limit: numbers of a piece; default that of the platform.
+    whole: `whole(*arrays)`: whether a device takes its part in one piece.
 
   Example:
     >>> local(lambda a, x: (a * x,), None)(2, jnp.ones(3))[0].tolist()
@@ -37,6 +42,8 @@ def local(
   mesh = jax.sharding.get_abstract_mesh()
 
   def pieces(given: Any, *arrays: Any):
+    if whole is not None and whole(*arrays):
+      return function(given, *arrays)
     return piecewise(
       function, given, *arrays, limit=limit or LIMITS[platform()]
     )

@@ -8,6 +8,11 @@ The published scheme writes a second moment that is small in its block as 0,
 while the first is not: where gradients in a block are of different sizes, a
 step then reaches hundreds of times the learning rate. By default its square
 root is kept, and nothing above 0 is written as 0 (`second="sqrt"`).
+
+But for those that round at random, all of them are `Fused`, see
+`isthmus.train.optim.fuse`: the trainer has them take their steps themselves.
+Where the kernel of `isthmus.pallas.quant8` runs, Adam then reads gradients,
+codes and parameters once, and writes codes and parameters once.
 """
 
 import functools
@@ -21,8 +26,10 @@ from jaxtyping import Array, Float
 from isthmus.pallas.quant8 import ref, step
 from isthmus.pallas.quant8.api import QTensor, to_parts
 from isthmus.pallas.quant8.maps import NOZERO, ROOT, SIGNED, UNSIGNED, Map
-from isthmus.train.optim.coded import Fused, coded, fused
+from isthmus.train.optim import fuse
+from isthmus.train.optim.coded import coded
 from isthmus.train.optim.codes import Codes
+from isthmus.train.optim.fuse import Scaling
 from isthmus.train.optim.rounding import stochastic_rounding
 
 #: States in eight bits from 4096 numbers on, but for embeddings.
@@ -51,7 +58,7 @@ def scale_by_adam8bit(
   second: Second = "sqrt",
   codes: Codes = DEFAULT,
   wide: bool = False,
-) -> optax.GradientTransformation:
+) -> Scaling:
   """Adam's scaling, with both moments in eight bits.
 
   Args:
@@ -80,7 +87,15 @@ def scale_by_adam8bit(
     return ref.rates(count, b1=b1, b2=b2, eps=eps)
 
   maps = {"mu": _FIRST[first], "nu": _SECOND[second]}
-  return coded(_adam, prepare, maps, codes, wide=wide)
+  return coded(
+    _adam,
+    prepare,
+    maps,
+    codes,
+    wide=wide,
+    move=_adam_step,
+    in_place=_in_place,
+  )
 
 
 def adamw8bit(
@@ -123,50 +138,6 @@ def adamw8bit(
     wide=rounding,
   )
   return _chain(scale, learning_rate, weight_decay, decays, rounding)
-
-
-def fused_adamw8bit(
-  learning_rate: optax.ScalarOrSchedule,
-  *,
-  b1: Number = 0.9,
-  b2: Number = 0.999,
-  eps: Number = 1e-8,
-  weight_decay: Number = 1e-2,
-  first: First = "dynamic",
-  second: Second = "sqrt",
-  codes: Codes = DEFAULT,
-) -> Fused:
-  """`adamw8bit` that takes its step itself: every parameter decays.
-
-  Where the kernel of `isthmus.pallas.quant8` runs, gradients, codes and
-  parameters are read once and written once.
-
-  Args:
-    learning_rate: a number or a schedule.
-    b1, b2, eps, weight_decay, first, second, codes: of `adamw8bit`.
-
-  Example:
-    >>> optimizer, params = fused_adamw8bit(1e-3), {"w": jnp.ones((64, 128))}
-    >>> params, _ = optimizer.step(params, params, optimizer.init(params))
-    >>> f"{params['w'][0, 0]:.5f}"
-    '0.99899'
-  """
-
-  def prepare(count):
-    rate = learning_rate
-    if callable(rate):
-      rate = rate(count - 1)
-    return ref.rates(
-      count,
-      b1=b1,
-      b2=b2,
-      eps=eps,
-      learning_rate=rate,
-      weight_decay=weight_decay,
-    )
-
-  maps = {"mu": _FIRST[first], "nu": _SECOND[second]}
-  return fused(_adam_step, prepare, maps, codes)
 
 
 def lion8bit(
@@ -300,13 +271,10 @@ def adagrad8bit(
 
 
 def _chain(scale, learning_rate, weight_decay, decays, rounding):
-  parts = [scale]
-  if not isinstance(weight_decay, float) or weight_decay:
-    parts.append(optax.add_decayed_weights(weight_decay, decays))
-  parts.append(optax.scale_by_learning_rate(learning_rate))
-  if rounding:
-    parts.append(stochastic_rounding())
-  return optax.chain(*parts)
+  tx = fuse.chain(
+    scale, learning_rate, weight_decay=weight_decay, decays=decays
+  )
+  return optax.chain(tx, stochastic_rounding()) if rounding else tx
 
 
 def _one(rule, name, map, codes, rounding):
@@ -322,12 +290,21 @@ def _adam(rates, g, m, v):
   return ref.direction(g.astype(jnp.float32), m, v, rates)
 
 
-def _adam_step(rates, p, g, m, v):
+def _adam_step(rates, how, p, g, m, v):
   """A parameter after the step, whichever way its moments are kept."""
+  rates = rates._replace(**how._asdict())
   if isinstance(m, QTensor):
     return step.adam(g, m, v, rates, p, impl=_impl())
   u, m, v = ref.direction(g.astype(jnp.float32), m, v, rates)
   return ref.moved(p, u, rates), m, v
+
+
+def _in_place(*arrays, divided=False):
+  """Whether the step of a parameter takes no memory besides its arrays."""
+  *p, g, m, v = arrays
+  if not isinstance(m, QTensor):
+    return False
+  return step.in_place(g, m, v, *p, impl=None if divided else _impl())
 
 
 def _impl():

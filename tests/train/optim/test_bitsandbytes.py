@@ -15,7 +15,7 @@ import pytest
 from isthmus.pallas.quant8.api import dequantise, quantise
 from isthmus.pallas.quant8.maps import SIGNED, UNSIGNED, table
 from isthmus.train.optim.codes import Codes
-from isthmus.train.optim.quant8 import fused_adamw8bit
+from isthmus.train.optim.quant8 import adamw8bit
 
 pytestmark = pytest.mark.parity
 BLOCK = 256
@@ -115,7 +115,7 @@ def run(search, uneven, steps=60, shape=(128, 1024)):
   rate = 1e-3
   p = torch.nn.Parameter(torch.zeros(shape))
   optimizer = bitsandbytes.optim.Adam([p], lr=rate, optim_bits=8)
-  ours = fused_adamw8bit(
+  ours = adamw8bit(
     rate, weight_decay=0.0, second="plain", codes=Codes(flat=True)
   )
   q = {"w": jnp.zeros(shape)}

@@ -7,8 +7,8 @@ import pytest
 
 from isthmus.pallas.quant8.api import QTensor, to_parts
 from isthmus.pallas.quant8.maps import SIGNED
-from isthmus.pallas.quant8.ref import written
-from isthmus.train.optim.coded import CodedState, coded, fused
+from isthmus.pallas.quant8.ref import Move, written
+from isthmus.train.optim.coded import CodedState, coded
 from isthmus.train.optim.codes import Codes
 
 pytestmark = pytest.mark.once
@@ -39,19 +39,37 @@ def test_moments_stay_with_their_parameters():
   np.testing.assert_allclose(moment.absmax["w"], 2.0)
 
 
-def test_a_fused_optimiser_moves_parameters():
-  def leaf(given, p, g, m):
-    u, m = add(given, g, m)
-    return p - u, m
+def move(given, how, p, g, m):
+  u, m = add(given, how.clip * g, m)
+  return p - how.learning_rate * (u + how.weight_decay * p), m
 
-  optimizer = fused(leaf, lambda count: 0.5 * count, {"mu": SIGNED}, Codes())
-  params, state = jax.jit(optimizer.step)(
-    PARAMS, PARAMS, optimizer.init(PARAMS)
-  )
-  jax.tree.map(
-    lambda x, p: np.testing.assert_allclose(x, p / 2, rtol=1e-6), params, PARAMS
-  )
+
+@pytest.mark.parametrize("move", [None, move], ids=("leaf", "move"))
+def test_parameters_are_moved_each_in_its_way(move):
+  tx = coded(add, lambda count: 0.5 * count, {"mu": SIGNED}, Codes(), move=move)
+  how = [Move(0.5, 0.0, 0.5), Move(0.5, 0.25, 0.5)]  # of b, of w
+  params, state = jax.jit(tx.take)(PARAMS, PARAMS, tx.init(PARAMS), how)
+  np.testing.assert_allclose(params["b"], 2 * (1 - 0.125), rtol=1e-6)
+  np.testing.assert_allclose(params["w"], 1 - 0.25, rtol=1e-6)
   assert int(state.count) == 1
+
+
+def test_what_is_done_in_place_does_not_wait():
+  def text(in_place):
+    tx = coded(
+      add, lambda count: count, {"mu": SIGNED}, Codes(), in_place=in_place
+    )
+    return jax.jit(tx.update).lower(PARAMS, tx.init(PARAMS)).as_text()
+
+  seen = []
+
+  def in_place(g, m, *, divided=False):
+    seen.append(type(m))
+    return True
+
+  assert "optimization_barrier" in text(None)
+  assert "optimization_barrier" not in text(in_place)
+  assert QTensor in seen
 
 
 @pytest.mark.parametrize("wide", [True, False])

@@ -58,6 +58,19 @@ def test_few_pieces_where_few_do():
   assert shapes == [(8, 8), (4, 8), (2, 8), (2, 8), (1, 8)]
 
 
+def test_what_needs_no_memory_is_not_cut():
+  shapes = []
+
+  def note(given, x):
+    shapes.append(x.shape)
+    return (x,)
+
+  small = lambda x: x.size < 64
+  for rows in (4, 8):
+    local(note, None, limit=16, whole=small)(None, jnp.ones((rows, 8)))
+  assert shapes == [(4, 8), (2, 8)]
+
+
 def test_a_mesh_without_a_spec_takes_parameters_whole():
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   f = lambda given, x: (x,)

@@ -358,35 +358,3 @@ def test_roots_are_the_default():
     )
   )
   assert (default == root).all() and (default != plain).any()
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_fused_step_is_the_chain(dtype):
-  params = {
-    "w": random((64, 512)).astype(dtype),
-    "b": random((64,), 1).astype(dtype),
-  }
-  rate = optax.linear_schedule(0.1, 0.01, 4)
-  chain, whole = adamw8bit(rate), quant8.fused_adamw8bit(rate)
-  p, q = params, params
-  state, held = chain.init(params), whole.init(params)
-  for i in range(4):
-    g = jax.tree.map(lambda p, i=i: jnp.sin((i + 1) * p), params)
-    u, state = jax.jit(chain.update)(g, state, p)
-    p = optax.apply_updates(p, u)
-    q, held = jax.jit(whole.step)(q, g, held)
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(
-      x.astype(jnp.float32),
-      y.astype(jnp.float32),
-      **(
-        {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"atol": 0.03}
-      ),
-    ),
-    p,
-    q,
-  )
-  assert q["w"].dtype == dtype and int(held.count) == 4
-  for name in ("mu", "nu"):
-    x, y = (s.moments[name].codes["w"] for s in (state[0], held))
-    assert (x != y).mean() < 1e-3
