@@ -115,6 +115,10 @@ class Decoder(nn.Module):
     attend: the attention mechanism, see `Attention`.
     scan, mode, policy, streams, grid, cache: see `Stack`. Mode "reversible"
       stores no layer's activations.
+    stable_embedding: the token table is Xavier-uniform, within
+      `sqrt(6 / (v + m))`, and its rows are normalised in float32 once they are
+      looked up, by a LayerNorm `embed_norm/{scale,bias}` [m]. Tied logits then
+      start larger.
 
   Raises:
     ValueError: sizes that don't fit, at construction.
@@ -127,6 +131,8 @@ class Decoder(nn.Module):
     >>> logits, aux = model.apply(variables, tokens)
     >>> logits.shape
     (1, 8, 64)
+
+  Reference: https://arxiv.org/abs/2110.02861 (`stable_embedding`)
   """
 
   vocab_size: int
@@ -151,6 +157,7 @@ class Decoder(nn.Module):
   streams: int | None = None
   grid: int | None = 12
   cache: float = 0.0
+  stable_embedding: bool = False
 
   def __post_init__(self):
     check_stack(
@@ -192,7 +199,16 @@ class Decoder(nn.Module):
     )
 
   def setup(self):
-    self.embed = Table(self.vocab_size, self.width, self.param_dtype)
+    self.embed = Table(
+      self.vocab_size,
+      self.width,
+      self.param_dtype,
+      xavier=self.stable_embedding,
+    )
+    if self.stable_embedding:
+      self.embed_norm = nn.LayerNorm(
+        epsilon=self.eps, dtype=jnp.float32, param_dtype=self.param_dtype
+      )
     self.stack = self._stack()
     self.norm = RMSNorm(eps=self.eps, param_dtype=self.param_dtype)
     if self.dropout:
@@ -279,12 +295,19 @@ class Decoder(nn.Module):
       shared["positions"] = positions.astype(jnp.int32)
     if segment_ids is not None:
       shared["segment_ids"] = segment_ids
-    x = embed_lookup(self.embed().astype(self.dtype), tokens)
+    x = self._embedded(tokens)
     if self.dropout:
       x = self.drop(x, deterministic=not train)
     x, aux = self.stack(x, layers=layers, **shared)
     hidden = self.norm(x)
     return self.project(hidden), {**aux, "hidden": hidden}
+
+  def _embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t m"]:
+    if not self.stable_embedding:
+      return embed_lookup(self.embed().astype(self.dtype), tokens)
+    return self.embed_norm(embed_lookup(self.embed(), tokens)).astype(
+      self.dtype
+    )
 
   def project(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
     """Logits of `aux["hidden"]`, or of some of its tokens."""
@@ -311,6 +334,7 @@ class Decoder(nn.Module):
     """Number of parameters."""
     table = self.vocab_size * self.width
     norms = (2 * self.depth + 1) * self.width
+    norms += 2 * self.width if self.stable_embedding else 0
     return self._matmul_params() + norms + (table if not self.tied else 0)
 
   def flops_per_token(self, seq_len: int) -> float:
@@ -335,7 +359,7 @@ class Decoder(nn.Module):
 
 
 class Table(nn.Module):
-  """The parameter `embedding` [v, m], normal(0.02).
+  """The parameter `embedding` [v, m], normal(0.02) or Xavier-uniform.
 
   Example:
     >>> table, variables = Table(64, 16).init_with_output(jax.random.key(0))
@@ -346,12 +370,16 @@ class Table(nn.Module):
   rows: int
   width: int
   param_dtype: Any = jnp.float32
+  xavier: bool = False
 
   @nn.compact
   def __call__(self) -> Float[Array, "v m"]:
+    draw = nn.initializers.normal(0.02)
+    if self.xavier:
+      draw = nn.initializers.xavier_uniform()
     return self.param(
       "embedding",
-      nn.initializers.normal(0.02),
+      draw,
       (self.rows, self.width),
       self.param_dtype,
     )

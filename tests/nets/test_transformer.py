@@ -317,3 +317,41 @@ def test_bad_sizes_are_errors_at_construction(settings, message):
 def test_attention_checks_its_heads():
   with pytest.raises(ValueError, match="num_heads 4 .* num_kv_heads 3"):
     Attention(4, 3, 8)
+
+
+def test_a_stable_embedding():
+  """Uniform within Xavier's bound; rows normalised in float32, then cast."""
+  model, variables = build(stable_embedding=True, dtype=jnp.bfloat16)
+  params = variables["params"]
+  plain = jax.eval_shape(Decoder(**SIZES).init, jax.random.key(0), TOKENS)
+  norm = {f"embed_norm/{name}": (32,) for name in ("scale", "bias")}
+  assert names(params) == names(plain["params"]) | norm
+  assert sum(x.size for x in jax.tree.leaves(params)) == model.param_count()
+  table, bound = params["embed"]["embedding"], (6 / (40 + 32)) ** 0.5
+  assert 0.98 * bound < jnp.abs(table).max() <= bound
+  np.testing.assert_allclose(table.std(), bound / 3**0.5, rtol=0.05)
+  assert abs(float(table.mean())) < 0.03 * bound
+
+  scale = 1 + 0.1 * jax.random.normal(jax.random.key(2), (32,))
+  params = params | {"embed_norm": {"scale": scale, "bias": scale - 1}}
+
+  def formula(table):
+    x = table[TOKENS]
+    x = x - x.mean(-1, keepdims=True)
+    x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    return x * scale + scale - 1
+
+  def ours(table):
+    new = params | {"embed": {"embedding": table}}
+    return model.apply({"params": new}, TOKENS, method="_embedded")
+
+  want = formula(table)
+  assert ours(table).dtype == jnp.bfloat16
+  step = 2.0**-8 * jnp.abs(want) + 1e-6  # half a bfloat16's
+  assert (jnp.abs(ours(table).astype(jnp.float32) - want) <= step).all()
+  w = jax.random.normal(jax.random.key(3), want.shape)
+  weigh = lambda f: lambda t: jnp.sum(w * f(t).astype(jnp.float32))
+  got = jax.grad(weigh(ours))(table)
+  np.testing.assert_allclose(
+    got, jax.grad(weigh(formula))(table), rtol=0.02, atol=0.05
+  )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from isthmus.nets.transformer import Decoder
 from isthmus.pallas.quant8.maps import SIGNED
 from isthmus.train.mesh import P, path_name
 from isthmus.train.optim.codes import Codes, tensors
@@ -88,3 +89,19 @@ def test_paths_end_as_those_of_parameters():
 def test_what_is_refused(how, said):
   with pytest.raises(ValueError, match=said):
     Codes(**how)
+
+
+def test_a_stable_embedding_has_a_state_of_32_bits():
+  model = Decoder(
+    vocab_size=64, width=32, depth=1, num_heads=2, stable_embedding=True
+  )
+  params = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+  )["params"]
+  plan = dict(Codes(min_size=0).plan(params))
+  whole = {name for name, blocks in plan.items() if blocks is None}
+  assert whole == {
+    "embed/embedding", "embed_norm/scale", "embed_norm/bias"
+  }  # fmt: skip
+  coded = dict(Codes(min_size=0, whole=None).plan(params))
+  assert all(blocks is not None for blocks in coded.values())
