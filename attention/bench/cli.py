@@ -11,7 +11,12 @@ from isthmus.attention.bench.case import MASKS, PASSES, SPARSE, Case, grid, must
 _HELP = """\
 Times attention, forward and backward, beside whatever peers are installed.
 TF/s count 4 b t s n d times the density of the mask; a backward pass counts
-2.5 times that. Sparse cases have block lists of their own for each head."""
+2.5 times that. Sparse cases have block lists of their own for each head.
+With --chosen the grid of cases is left out, unless --cases names some."""
+_LENGTHS = 4096, 8192, 16384, 32768, 65536, 131072
+# Those of which speed is promised come first.
+_LONG = 131072, 262144, 65536, 32768
+_DIMS = 64, 128, 256
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = _cases(options)
     peers = _peers(options)
     routed = _routed(options)
+    chosen = _chosen(options)
   except ValueError as error:
     parser.error(str(error))
   # Torch's process needs some of the memory; without effect once a device is
@@ -52,10 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("first-call seconds may come out of the compilation cache")
   if report.machine["platform"] != "gpu":
     print("no GPU here: these times say nothing about the GPU kernels")
-  _measure(options, cases, routed, peers, report)
+  _choices(options, chosen, peers, report)
+  if cases or routed:
+    _measure(options, cases, routed, peers, report)
   _finish(options, report)
   failed = [r for r in report.refusals if r.ours and r.failed]
-  found = report.routed or any(row.ours for row in report.rows)
+  found = report.routed or report.chosen or any(r.ours for r in report.rows)
   return 1 if failed or not found else 0
 
 
@@ -68,12 +76,8 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("--cases", type=_names, help=f"of {', '.join(MASKS)}; default: all")
   add("--sparse", action="store_true", help="the sparse cases alone")
-  add(
-    "--lengths",
-    type=_numbers,
-    default=(4096, 8192, 16384, 32768, 65536, 131072),
-  )
-  add("--dims", type=_numbers, default=(64, 128, 256), help="head widths")
+  add("--lengths", type=_numbers, help="tokens of a row")
+  add("--dims", type=_numbers, help="head widths")
   add("--tokens", type=int, default=32768, help="of a batch; at least a row")
   add("--hidden", type=int, default=2048, help="channels: heads times width")
   add("--passes", type=_names, default=tuple(PASSES))
@@ -109,6 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     metavar="BLOCKxTOP_K",
     help="mixture of block attention too, at each length and width: 128x8",
   )
+  add(
+    "--chosen",
+    type=_names,
+    default=(),
+    metavar="WAY[=LEVEL]",
+    help="prefill over chosen blocks of drawn arrays, with the choice: of"
+    " window, top-k, mass, antidiagonal, pbs, pbs-kv, unpermuted, proxy,"
+    " proxy-kv, proxy-head",
+  )
+  add("--mass", type=float, default=0.9, help="of --chosen, level by default")
+  add("--part", type=float, default=0.125, help="that of window and top-k")
+  add("--heads", type=int, default=32, help="query heads of --chosen")
+  add("--kv-heads", type=int, default=8, help="kv heads of --chosen")
+  add("--seconds", type=float, help="after which --chosen begins nothing new")
   add("--batch", type=int, help="rows, whatever their tokens")
   add("--no-decode", action="store_true", help="leave out the decode steps")
   add(
@@ -133,14 +151,16 @@ def _cases(options) -> list[Case]:
   for name in options.passes:
     if name not in PASSES:
       raise ValueError(f"pass {name!r}; there are {', '.join(PASSES)}")
+  if options.chosen and not (options.cases or options.sparse or options.must):
+    return []
   masks = options.cases or (tuple(SPARSE) if options.sparse else MASKS)
   if options.must:
     wanted = options.cases or (tuple(SPARSE) if options.sparse else None)
     return [c for c in must() if wanted is None or c.mask in wanted]
   return grid(
     masks,
-    options.lengths,
-    options.dims,
+    options.lengths or _LENGTHS,
+    options.dims or _DIMS,
     tokens=options.tokens,
     hidden=options.hidden,
     batch=options.batch,
@@ -153,8 +173,8 @@ def _routed(options) -> list[Any]:
 
   shapes = grid(
     ("causal",),
-    options.lengths,
-    options.dims,
+    options.lengths or _LENGTHS,
+    options.dims or _DIMS,
     tokens=options.tokens,
     hidden=options.hidden,
     batch=options.batch,
@@ -164,6 +184,19 @@ def _routed(options) -> list[Any]:
     for text in options.moba
     for c in shapes
   ]
+
+
+def _chosen(options) -> list[tuple[str, float]]:
+  """(way, level) of what is chosen; its sizes are checked."""
+  from isthmus.attention.bench.chosen import parse
+  from isthmus.attention.bench.drawn import check_sizes
+
+  sizes = {"mass": options.mass, "share": options.part}
+  found = [parse(text, **sizes) for text in options.chosen]
+  if found:
+    for width in options.dims or (128,):
+      check_sizes(options.heads, options.kv_heads, width)
+  return found
 
 
 def _peers(options) -> tuple[list[Any], list[str]]:
@@ -265,6 +298,30 @@ def _measure(options, cases, routed, peers, report) -> None:
     keep()
 
 
+def _choices(options, wanted, peers, report) -> None:
+  """Chosen blocks, at every width; the JSON is written after each."""
+  from isthmus.attention.bench import chosen
+
+  for width in (options.dims or (128,)) if wanted else ():
+    source = chosen.drawn(options.heads, options.kv_heads, width)
+    for one in chosen.measure(
+      {"drawn": source},
+      wanted,
+      options.lengths or _LONG,
+      _clock(options),
+      peers=[p.name for p in peers[0]] or ["cudnn"],
+      seconds=options.seconds,
+    ):
+      if isinstance(one, chosen.Chosen):
+        report.chosen.append(one)
+        print(one.line(), flush=True)
+      else:
+        report.refusals.append(one)
+        print(one, flush=True)
+      if options.out:
+        report.write(options.out / "bench.json")
+
+
 def _ours(options, case) -> list[Any]:
   """Ours for a case, or why there is none."""
   from isthmus.attention.bench.peers import best, isthmus
@@ -316,9 +373,11 @@ def _show(path, parser) -> int:
     parser.error(str(error))
   print(report.where())
   _tell(report)
-  print(f"\n{markdown(report)}")
+  if report.rows:
+    print(f"\n{markdown(report)}")
   if report.rows:
     plot(report.rows, path.with_suffix(".png"), report.where())
+  _view(report, path.parent)
   return 0
 
 
@@ -329,14 +388,31 @@ def _finish(options, report) -> None:
   if options.out and report.rows:
     plot(report.rows, options.out / "bench.png", report.where())
     print(f"wrote bench.json and bench.png in {options.out}")
+  if options.out:
+    _view(report, options.out)
+
+
+def _view(report, folder) -> None:
+  """The table of chosen blocks, and its plot."""
+  from isthmus.attention.bench import chosen_view
+
+  if report.chosen:
+    text = chosen_view.table(report.chosen)
+    (folder / "chosen.md").write_text(f"{report.where()}\n\n{text}\n")
+    chosen_view.plot(report.chosen, folder / "chosen.png", report.where())
+    print(f"wrote chosen.md and chosen.png in {folder}")
 
 
 def _tell(report) -> None:
+  from isthmus.attention.bench.chosen_view import verdicts
   from isthmus.attention.bench.report import table
 
   print()
-  print(table(report))
+  if report.rows:
+    print(table(report))
   for line in report.lines():
+    print(line)
+  for line in verdicts(report.chosen):
     print(line)
   for refusal in report.refusals:
     print(f"not measured: {refusal}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from isthmus.attention.bench.case import Case
+from isthmus.attention.bench.chosen import Chosen
 from isthmus.attention.bench.decode import Decode, Step
 from isthmus.attention.bench.routed import Routed, Routing
 from isthmus.attention.bench.rows import Refusal, Row, ratios
@@ -25,6 +26,7 @@ class Report:
     builds: costs of making masks.
     decodes: decode steps.
     routed: mixtures of block attention.
+    chosen: attention over blocks that are chosen by other means.
 
   Example:
     >>> report = Report({"platform": "cpu", "device": "cpu"}, {})
@@ -39,6 +41,7 @@ class Report:
   builds: list[Build] = dataclasses.field(default_factory=list)
   decodes: list[Decode] = dataclasses.field(default_factory=list)
   routed: list[Routed] = dataclasses.field(default_factory=list)
+  chosen: list[Chosen] = dataclasses.field(default_factory=list)
 
   def as_dict(self) -> dict[str, Any]:
     """For JSON, with the ratios to each peer."""
@@ -56,6 +59,7 @@ class Report:
       ],
       "decode": [d.as_dict() for d in self.decodes],
       "moba": [r.as_dict() for r in self.routed],
+      "chosen": [c.as_dict() for c in self.chosen],
       "refusals": [dataclasses.asdict(r) for r in self.refusals],
     }
 
@@ -95,6 +99,7 @@ class Report:
         [_fields(Build, one) for one in found["mask_builds"]],
         [_fields(Decode, one) for one in found["decode"]],
         [_fields(Routed, one) for one in found.get("moba", ())],
+        [_fields(Chosen, one) for one in found.get("chosen", ())],
       )
     except (KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
       raise ValueError(f"{path} is no bench.json: {error!r}") from error
@@ -122,6 +127,7 @@ class Report:
     yield from (d.line(rate) for d in self.decodes)
     for routed in self.routed:
       yield from routed.lines(self.rows, self.machine["device"])
+    yield from (c.line() for c in self.chosen)
     for row in self.rows:
       if row.note:
         where = f"{row.case.label} {row.case.shape} {row.which}"

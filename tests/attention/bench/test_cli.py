@@ -40,6 +40,24 @@ def test_a_run_leaves_table_json_and_plot(tmp_path, capsys):
   assert (out / "bench.png").stat().st_size > 1000
 
 
+def test_chosen_blocks_alone(tmp_path, capsys):
+  command = ["--chosen", "window=0.25", "--lengths", "256", "--heads", "2"]
+  command += ["--kv-heads", "1", "--dims", "16", "--quick"]
+  assert cli.main([*command, "--out", str(tmp_path)]) == 0
+  said = capsys.readouterr().out
+  assert "window=0.25, drawn, S256 H2/1 D16: " in said
+  assert "not measured: cudnn: it needs an NVIDIA GPU" in said
+  found = json.loads((tmp_path / "bench.json").read_text())
+  assert found["rows"] == found["decode"] == []
+  (row,) = found["chosen"]
+  assert row["way"] == "window" and row["speed_over"].keys() == {"isthmus"}
+  assert "**window=0.25**" in (tmp_path / "chosen.md").read_text()
+  (tmp_path / "chosen.png").unlink()
+  assert cli.main(["--show", str(tmp_path / "bench.json")]) == 0
+  assert "window=0.25, drawn" in capsys.readouterr().out
+  assert (tmp_path / "chosen.png").stat().st_size > 1000
+
+
 def test_an_implementation_that_refuses_fails_the_run(capsys):
   """And those that run beside it are shown."""
   command = [*SMALL, "--cases", "causal", "--passes", "fwd", "--no-decode"]
@@ -57,6 +75,8 @@ def test_an_implementation_that_refuses_fails_the_run(capsys):
     ("--dims=48", "2048 channels don't split into heads of 48"),
     ("--impls=mosaik", "mosaik"),
     ("--show=nothing.json", "nothing.json"),
+    ("--chosen=best", "way 'best' is none of window, top-k"),
+    ("--chosen=mass=2", "the level of mass is 2.0"),
   ],
 )
 def test_what_is_not_there_is_one_line(option, said, capsys):
