@@ -12,8 +12,9 @@ Reproduced: bytes of every step in both directions, forward and backward, of
 Simplified: arithmetic, no measurement: one rate of attention at all sizes, no
   contention, no latency unless set; rates are round figures for an H100 with a
   400 Gb/s adapter. TokenRing's authors have no backward pass; its bytes are
-  those of ours. Points that were measured go onto the plot with
-  `--set measured=FILE`; there are none yet.
+  those of ours. What `python -m
+  isthmus.attention.bench.rings --out DIR` measures goes onto the plot with
+  `--set measured=DIR/rings.json`; there is none yet.
 Command: python -m train.main --config token_ring
 Claim: on four A10s, 32 heads of width 128 and 24,000 tokens, a step takes 3.5
   to 4.6 ms, against 7.6 of a ring of keys; paper's claim
@@ -230,7 +231,7 @@ class Rings:
     try:
       rows = json.loads(pathlib.Path(self.measured).read_text())
       rows = rows["rows"] if isinstance(rows, dict) else rows
-      rows = [r for r in rows if "devices" in r]
+      rows = [r for r in rows if "devices" in r and r["devices"] > 1]
       for r in rows:
         if r["schedule"] not in SCHEDULES or not r["ms"] > 0:
           raise ValueError(f"schedule {r['schedule']!r} in {r['ms']} ms")
