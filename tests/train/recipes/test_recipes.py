@@ -15,6 +15,7 @@ RECIPES = [
   "moba",
   "moba_snr",
   "quickstart",
+  "rettention",
   "reversible_memory",
   "reversible_unet3d",
   "sparse_prefill",
