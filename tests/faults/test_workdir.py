@@ -23,7 +23,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path, uninterrupted):
   first.until(lambda: reached(workdir / "metrics.jsonl", 1))
   began = time.perf_counter()
   status, _, err = told("--workdir", workdir)
-  assert time.perf_counter() - began < 2
+  assert time.perf_counter() - began < 10
   assert status == 2 and "in use by another run" in one_line(err)
   # Other settings change nothing about it, and neither does force.
   status, _, err = told("--workdir", workdir, "--set", "seed=1", "--force")
