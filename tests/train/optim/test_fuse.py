@@ -138,6 +138,28 @@ def test_the_kernel_takes_what_a_device_holds(spread):
   assert "optimization_barrier" not in text
 
 
+@pytest.mark.once
+@pytest.mark.skipif(not has_mosaic(), reason="the kernel needs jax 0.11")
+def test_the_kernel_takes_the_whole_step():
+  """Interpreted: the rate, the decay and the clipping reach it."""
+  params = {"kernel": random((8, 256))}
+  g = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+  tx = fuse.chain(
+    scale_by_adam8bit(codes=Codes(min_size=0)),
+    learning_rate=optax.constant_schedule(0.1),
+    weight_decay=0.5,
+    clip=1.0,
+  )
+  want = jax.jit(tx.step)(params, g, tx.init(params))
+  with interpreted(), prefer("mosaic", "xla"):
+    got = jax.jit(tx.step)(params, g, tx.init(params))
+    text = str(jax.make_jaxpr(tx.step)(params, g, tx.init(params)))
+  assert "name=adam8bit" in text
+  np.testing.assert_allclose(got[0]["kernel"], want[0]["kernel"], rtol=1e-4)
+  moved = jnp.abs(got[0]["kernel"] - params["kernel"])
+  assert moved.min() > 0.01
+
+
 # --- the chain ---
 
 

@@ -36,8 +36,8 @@ _NO_DECAY = {"weight_decay": 0.0}
 
 
 def _coded(name, make, learning_rate, **kwargs):
-  """An optimiser of quant8 with codes for every parameter, brought to rest."""
-  make = functools.partial(make, codes=Codes(min_size=0, block=8))
+  """An optimiser of quant8, with codes for kernels alone, brought to rest."""
+  make = functools.partial(make, codes=Codes(min_size=24, block=8))
 
   def build(steps):
     return make(optax.cosine_decay_schedule(learning_rate, steps))
