@@ -48,13 +48,8 @@ from isthmus.train.optim.race import Race
 from isthmus.train.study import Results, Study
 from isthmus.train.tasks.lm import NextToken
 
-# One axis of each kernel stays whole: blocks lie along it.
-RULES = (
-  (r"attn/(q|k|v)/kernel$", P("fsdp", None)),
-  (r"attn/o/kernel$", P(None, "fsdp")),
-  (r"mlp/(gate|up)/kernel$", P("fsdp", None)),
-  (r"mlp/down/kernel$", P(None, "fsdp")),
-)
+# Rows are split; blocks lie along the last axis, as the kernel has them.
+RULES = ((r"(attn|mlp)/\w+/kernel$", P("fsdp", None)),)
 # One scale a tensor, whatever its size.
 WHOLE = 2**30
 # Each scheme is the one before with one thing changed; None is 32 bits.
