@@ -176,7 +176,7 @@ def flow_velocity(
       return v if state is None else (v, later)
     assert label is not None
     twice = lambda a, b: jnp.concatenate([a, b])
-    none = jnp.full_like(label, model.classes)  # ty: ignore
+    none = jnp.full_like(label, model.classes)
     v, later = call(twice(x, x), twice(t, t), twice(label, none), state, dense)
     c, u = jnp.split(v, 2)
     low, high = interval

@@ -70,7 +70,7 @@ def _cpu() -> Fit:
       size=28,
       patch=2,
       width=64,
-      depth=6,
+      depth=4,
       num_heads=4,
       channels=1,
       classes=10,
@@ -80,7 +80,7 @@ def _cpu() -> Fit:
     optimizer=Optimizer(
       learning_rate=2e-3, warmup=50, final=0.0, weight_decay=0.01
     ),
-    steps=500,
+    steps=400,
     batch_size=32,
     eval_batch_size=100,
     ema=0.98,

@@ -98,8 +98,8 @@ class FlowMatching:
     draws, drops, dropout = jax.random.split(key, 3)
     x, t, velocity = self._paths(image, jax.random.split(draws, len(image)))
     label = self._label(batch)
-    if label:
-      lost = jax.random.bernoulli(drops, self.drop, label[0].shape)
+    if self.classes is not None:
+      lost = jax.random.bernoulli(drops, self.drop, (len(image),))
       label = (jnp.where(lost, self.classes, label[0]),)
     out, new = model.apply(
       {"params": params, **mutables},
