@@ -1,7 +1,6 @@
 """What a model reads, and how well, with its attention replaced."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,21 +10,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from isthmus.attention.block_mask import BlockMask
+from isthmus.attention.bench.ways import Way, kept_mass, kept_share
 
 
 class Gauge(nn.Module):
-  """Keeps a number in the collection `gauge`, a layer's in a stack's.
+  """Keeps numbers in the collection `gauge`, a layer's in a stack's.
 
   Example:
-    >>> _, found = Gauge().apply({}, jnp.float32(0.5), mutable=["gauge"])
+    >>> _, found = Gauge().apply({}, kept=jnp.float32(0.5), mutable=["gauge"])
     >>> [float(x) for x in jax.tree.leaves(found)]
     [0.5]
   """
 
   @nn.compact
-  def __call__(self, x: Float[Array, ""]) -> None:
-    self.sow("gauge", "kept", x)
+  def __call__(self, **numbers: Any) -> None:
+    for name, x in numbers.items():
+      self.sow("gauge", name, x)
 
 
 def gauged(
@@ -33,45 +33,51 @@ def gauged(
   k: Float[Array, "b s k d"],
   v: Float[Array, "b s k dv"],
   *,
-  attend: Callable[..., Any],
-  select: Callable[..., BlockMask],
+  way: Way,
+  queries: int = 0,
   **others: Any,
 ) -> Any:
-  """A layer's mechanism, with a gauge of the share of causal blocks it reads.
+  """A layer's mechanism, with a gauge of what it reads.
 
-  For use as `attend` of a module, whose submodule the gauge becomes. Compiled,
-  a mask that `attend` computes too is computed once: XLA merges what is equal.
-  The share is above 1 if more blocks are read than are needed by all queries:
-  permuted keys lie anywhere in a segment, which is then read whole.
+  For use as `attend` of a module, whose submodule the gauge becomes. It has
+  `kept`, the share of causal blocks (`kept_share`), and `mass`, the share of
+  the dense softmax within them, of some queries (`kept_mass`). Compiled, a
+  mask that the way computes too is computed once: XLA merges what is equal.
 
   Args:
     q, k, v: of self-attention.
-    attend: the mechanism.
-    select: the mask that it goes by, of (q, k).
-    **others: to `attend`.
+    way: to choose blocks.
+    queries: how many of a row's have their mass counted, at even distances;
+      0 for no `mass`.
+    **others: to the way's mechanism.
 
   Example:
+    >>> from isthmus.attention.bench.ways import way
     >>> from isthmus.attention.module import Attention
-    >>> from isthmus.attention.select import select_attention, window_select
-    >>> select = functools.partial(window_select, window=1, block=4, sink=0)
-    >>> attend = functools.partial(select_attention, select=select)
-    >>> attend = functools.partial(gauged, attend=attend, select=select)
+    >>> chosen = way("window", 0.25, block=4, length=16)
+    >>> attend = functools.partial(gauged, way=chosen)
     >>> layer = Attention(2, 2, head_dim=4, attend=attend)
     >>> _, found = layer.init_with_output(
     ...   jax.random.key(0), jnp.ones((1, 16, 8))
     ... )
-    >>> [round(float(x), 6) for x in jax.tree.leaves(found["gauge"])]  # 7 of 10
-    [0.7]
+    >>> [round(float(x), 6) for x in jax.tree.leaves(found["gauge"])]  # 9 of 10
+    [0.9]
   """
-  mask = select(q, k)
-  blocks = -(-mask.lengths[1] // mask.lists.block[1])
-  Gauge(name="gauge")(mask.density * (2 * blocks / (blocks + 1)))
-  return attend(q, k, v, **others)
+  mask = way.select(q, k)
+  numbers = {"kept": kept_share(mask)}
+  if queries:
+    order = None if way.order is None else way.order(q, k)
+    t = q.shape[1]
+    places = np.linspace(0, t - 1, min(queries, t)).astype(np.int32)
+    mass = kept_mass(q, k, mask, order, queries=jnp.asarray(places))
+    numbers["mass"] = jnp.mean(mass)
+  Gauge(name="gauge")(**numbers)
+  return way.attend(q, k, v, **others)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(model: nn.Module, params: Any, tokens: Int[Array, "b t"]) -> Any:
-  """Of each target the loss, of each place the likeliest; and the share kept.
+  """Of each target the loss, of each place the likeliest; and the gauges.
 
   Args:
     model: whose mechanism may be `gauged`.
@@ -79,25 +85,31 @@ def read(model: nn.Module, params: Any, tokens: Int[Array, "b t"]) -> Any:
     tokens: inputs, and the last target.
 
   Returns:
-    (loss [b t-1], likeliest [b t-1], kept []), kept being the mean over layers;
-    1 without a gauge.
+    (loss [b t-1], likeliest [b t-1], gauges), these being the means over
+    layers of `kept` and `mass`; 1 without a gauge.
 
   Example:
     >>> from isthmus.nets.transformer import Decoder
     >>> model = Decoder(vocab_size=257, width=8, depth=1, num_heads=2)
     >>> tokens = jnp.ones((1, 5), int)
     >>> params = model.init(jax.random.key(0), tokens)["params"]
-    >>> loss, said, kept = read(model, params, tokens)
-    >>> loss.shape, said.shape, float(kept)
+    >>> loss, said, gauges = read(model, params, tokens)
+    >>> loss.shape, said.shape, float(gauges["kept"])
     ((1, 4), (1, 4), 1.0)
   """
   (logits, _), found = model.apply(
     {"params": params}, tokens[:, :-1], mutable=["gauge"]
   )
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-  each = [jnp.mean(x) for x in jax.tree.leaves(found)]
-  kept = jnp.mean(jnp.stack(each)) if each else jnp.float32(1)
-  return loss, jnp.argmax(logits, axis=-1), kept
+  gauges = {}
+  for name in ("kept", "mass"):
+    each = [
+      jnp.mean(x)
+      for path, x in jax.tree.leaves_with_path(found)
+      if jax.tree_util.DictKey(name) in path
+    ]
+    gauges[name] = jnp.mean(jnp.stack(each)) if each else jnp.float32(1)
+  return loss, jnp.argmax(logits, axis=-1), gauges
 
 
 def measure(
@@ -122,7 +134,8 @@ def measure(
 
   Returns:
     (likeliest tokens of the text, figures): `kept`, the share of causal blocks
-    read, over layers, heads and rows of text; `perplexity`; `agreement`, the
+    read, over layers, heads and rows of text; `mass`, of the dense softmax
+    within them, if it is gauged; `perplexity`; `agreement`, the
     share of likeliest tokens that are the dense model's; `digits`, the share of
     the answers' tokens that are the likeliest, those before them being given;
     `recall`, of answers right in all tokens, as greedy decoding by the same
@@ -154,7 +167,8 @@ def measure(
     right += [np.concatenate(answers).mean()]
     whole += [answer.all() for answer in answers]
   return said, {
-    "kept": float(np.mean([r[2] for r in rows])),
+    "kept": float(np.mean([r[2]["kept"] for r in rows])),
+    "mass": float(np.mean([r[2]["mass"] for r in rows])),
     "perplexity": float(np.exp((loss * weights).sum() / weights.sum())),
     "agreement": float(((said == dense) * weights).sum() / weights.sum()),
     "digits": float(np.mean(right)),

@@ -8,62 +8,70 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from isthmus.attention.bench.ways import kept_mass, way
 from isthmus.attention.module import Attention
-from isthmus.attention.select import (
-  pooled_select,
-  select_attention,
-  window_select,
-)
 from isthmus.data.recall import Facts
 from isthmus.data.tokenizer import Bytes
 from isthmus.nets.transformer import Decoder
 from isthmus.train.metrics.prefill import gauged, measure, read
 
 
-def chosen(select):
-  attend = functools.partial(select_attention, select=select)
-  return functools.partial(gauged, attend=attend, select=select)
+def chosen(name, level, *, block, length, queries=0):
+  found = way(name, level, block=block, length=length)
+  return functools.partial(gauged, way=found, queries=queries)
 
 
-def test_the_share_is_of_the_layers_own_queries_and_keys():
-  select = functools.partial(pooled_select, block=8, threshold=0.6)
-  layer = Attention(4, 2, head_dim=8, attend=chosen(select))
+@pytest.mark.parametrize("name", ["mass", "pbs"])
+def test_the_share_is_of_the_layers_own_queries_and_keys(name):
+  attend = chosen(name, 0.6, block=8, length=64, queries=5)
+  found = attend.keywords["way"]
+  layer = Attention(4, 2, head_dim=8, attend=attend)
   x = 3 * jax.random.normal(jax.random.key(0), (2, 64, 16))
   params = layer.init(jax.random.key(1), x)["params"]
-  (y, _), found = layer.apply({"params": params}, x, mutable=["gauge"])
-  (kept,) = jax.tree.leaves(found)
+  (y, _), gauges = layer.apply({"params": params}, x, mutable=["gauge"])
+  kept, mass = jax.tree.leaves(gauges)
   q = (x @ params["q"]["kernel"]).reshape(2, 64, 4, 8)
   k = (x @ params["k"]["kernel"]).reshape(2, 64, 2, 8)
-  full, partial = select(q, k).to_blocks()
+  full, partial = found.select(q, k).to_blocks()
   counts = np.asarray(full | partial).sum((2, 3))
   assert np.ptp(counts) > 0
   np.testing.assert_allclose(kept, counts.mean() / 36, rtol=1e-6)
+  want = kept_mass(
+    q,
+    k,
+    found.select(q, k),
+    found.order and found.order(q, k),
+    queries=jnp.array([0, 15, 31, 47, 63]),
+  )
+  np.testing.assert_allclose(mass, want.mean(), rtol=1e-6)
+  assert 0.5 < mass < 0.99
   # The gauge is beside the values; without its collection it is silent.
-  plain = layer.clone(attend=chosen(select).keywords["attend"])
+  plain = layer.clone(attend=found.attend)
   np.testing.assert_array_equal(y, plain.apply({"params": params}, x)[0])
   np.testing.assert_array_equal(y, layer.apply({"params": params}, x)[0])
 
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_the_share_is_the_mean_over_layers(scan):
-  select = functools.partial(window_select, window=1, block=4, sink=0)
+  attend = chosen("window", 0.1, block=4, length=16)
   model = Decoder(
-    vocab_size=11, width=16, depth=3, num_heads=2, scan=scan,
-    attend=chosen(select),
-  )  # fmt: skip
+    vocab_size=11, width=16, depth=3, num_heads=2, scan=scan, attend=attend
+  )
   tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, 11)
   params = model.init(jax.random.key(1), tokens[:, :-1])["params"]
   _, found = model.apply({"params": params}, tokens[:, :-1], mutable=["gauge"])
   assert sum(x.size for x in jax.tree.leaves(found)) == 3
-  loss, said, kept = read(model, params, tokens)
-  np.testing.assert_allclose(kept, 0.7, rtol=1e-6)  # 4 + 3 of 10
+  loss, said, gauges = read(model, params, tokens)
+  # The diagonal, the ones before it, and the first.
+  np.testing.assert_allclose(gauges["kept"], 0.9, rtol=1e-6)
+  assert gauges["mass"] == 1.0
   logits, _ = model.apply({"params": params}, tokens[:, :-1])
   np.testing.assert_array_equal(said, logits.argmax(-1))
   p = jax.nn.log_softmax(logits)
   want = -jnp.take_along_axis(p, tokens[:, 1:, None], axis=-1)[..., 0]
   np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
   dense = read(model.clone(attend=Decoder.attend), params, tokens)
-  assert dense[2] == 1 and np.abs(dense[0] - loss).max() > 1e-3
+  assert dense[2]["kept"] == 1 and np.abs(dense[0] - loss).max() > 1e-3
 
 
 class Told(nn.Module):
@@ -92,7 +100,7 @@ def test_figures_of_a_model_that_is_told_the_answers():
 
   said, right = figures(text[0], row)
   assert (said == 99).all()
-  assert right["kept"] == right["agreement"] == 1.0
+  assert right["kept"] == right["mass"] == right["agreement"] == 1.0
   assert right["digits"] == right["recall"] == 1.0
   assert right["perplexity"] == pytest.approx(1.0, abs=1e-5)
   # One digit wrong of ten, and a word that isn't asked for.

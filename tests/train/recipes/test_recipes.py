@@ -14,6 +14,8 @@ RECIPES = [
   "hourglass_mlp",
   "moba",
   "moba_snr",
+  "pbs_attn",
+  "proxy_attn",
   "quickstart",
   "rettention",
   "reversible_memory",
