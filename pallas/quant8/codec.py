@@ -60,7 +60,7 @@ def encode(
   rank = (_nearest if exact else _near)(size, below, which)
   if which.zero_free:
     rank = jnp.where((size > 0) & (rank == 0), 1, rank)
-  if which.signed:
+  if below is not None:
     rank = jnp.where(below, -jnp.minimum(rank, 127), rank)
   return rank + which.zero
 

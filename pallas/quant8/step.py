@@ -41,8 +41,8 @@ def adam(
 
   `g <- clip g`, `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`,
   `u = scale1 m / (scale2 sqrt(v) + eps)`, all in float32; u is of the moments
-  before they are rounded. Given parameters, the step is also taken, which saves writing and
-  reading u: `p <- p - learning_rate (u + weight_decay p)`.
+  before they are rounded. Given parameters, the step is also taken, which saves
+  writing and reading u: `p <- p - learning_rate (u + weight_decay p)`.
 
   Args:
     g: gradients.

@@ -70,16 +70,16 @@ def coded(
   """
 
   def scaled(given: Any, g: Any, *moments: Any):
-    u, *moments = leaf(given, g, *moments)
-    return u.astype(g.dtype), *moments
+    u, *new = leaf(given, g, *moments)
+    return u.astype(g.dtype), *new
 
   def stepped(given: Any, p: Any, g: Any, *moments: Any):
-    p, *moments = (move or by_leaf)(*given, p, g, *moments)
-    return p, g, *moments
+    p, *new = (move or by_leaf)(*given, p, g, *moments)
+    return p, g, *new
 
   def by_leaf(given: Any, how: Move, p: Any, g: Any, *moments: Any):
-    u, *moments = leaf(given, how.clip * g.astype(jnp.float32), *moments)
-    return moved(p, u, how), *moments
+    u, *new = leaf(given, how.clip * g.astype(jnp.float32), *moments)
+    return moved(p, u, how), *new
 
   def init(params: Any) -> CodedState:
     moments = {name: codes.zeros(params, map) for name, map in maps.items()}

@@ -34,8 +34,8 @@ class Fused(optax.GradientTransformation):
 
   def __new__(
     cls,
-    init: Callable[[Any], Any],
-    update: Callable[..., Any],
+    init: Any,
+    update: Any,
     step: Callable[[Any, Any, Any], tuple[Any, Any]],
   ):
     self = super().__new__(cls, init, update)
@@ -63,8 +63,8 @@ class Scaling(optax.GradientTransformation):
 
   def __new__(
     cls,
-    init: Callable[[Any], Any],
-    update: Callable[..., Any],
+    init: Any,
+    update: Any,
     take: Callable[[Any, Any, Any, list[Move]], tuple[Any, Any]],
   ):
     self = super().__new__(cls, init, update)

@@ -1,6 +1,7 @@
 """One step of an optimiser timed beside others', on parameters alone."""
 
 import dataclasses
+import importlib
 import math
 import pathlib
 import random
@@ -190,8 +191,8 @@ class Race:
     """A row of the peer, or why there is none."""
     kind = "torchao.AdamW8bit"
     try:
-      import torch
-      from torchao.optim import AdamW8bit  # ty: ignore[unresolved-import]
+      torch: Any = importlib.import_module("torch")
+      peer: Any = importlib.import_module("torchao.optim")
     except ImportError as error:
       return self._row(name, kind, note=f"not installed: {error.name}")
     if not torch.cuda.is_available():
@@ -203,7 +204,7 @@ class Race:
       p = torch.randn(x.shape, dtype=dtype, device="cuda").mul_(0.02)
       params.append(torch.nn.Parameter(p))
       params[-1].grad = torch.randn_like(p).mul_(1e-3)
-    optimizer = AdamW8bit(params, lr=RATE, weight_decay=DECAY)
+    optimizer = peer.AdamW8bit(params, lr=RATE, weight_decay=DECAY)
 
     def many():
       for _ in range(self.calls):

@@ -68,7 +68,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
     del params
     return RoundingState(jnp.zeros((), jnp.int32))
 
-  def update(updates: Any, state: RoundingState, params: Any = None):
+  def update(updates: Any, state: Any, params: Any = None):
     if params is None:
       raise ValueError("stochastic rounding needs the parameters")
     key = jax.random.fold_in(jax.random.key(seed), state.count)

@@ -128,7 +128,7 @@ def _smoke() -> Fit:
   )
 
 
-def _optimizer(*, learning_rate: float, warmup: int, **codes: int) -> Optimizer:
+def _optimizer(*, learning_rate: float, warmup: int, **codes: Any) -> Optimizer:
   return Optimizer(
     scale=functools.partial(
       scale_by_adam8bit, b2=0.95, codes=Codes(rules=RULES, **codes)
@@ -185,7 +185,7 @@ def _ablation_smoke() -> Study:
 
 
 def _speed() -> Race:
-  sizes = {"vocab_size": 32768, "num_heads": 16}
+  sizes: dict[str, Any] = {"vocab_size": 32768, "num_heads": 16}
   return Race(
     models={
       "252M": Decoder(width=1024, depth=17, hidden=2816, **sizes),
@@ -242,7 +242,7 @@ def judge(
 def grid(
   *,
   rates: tuple[float, ...],
-  sizes: dict[str, int],
+  sizes: dict[str, Any],
   schemes: tuple[str, ...] = tuple(SCHEMES),
   dtype: Any = jnp.float32,
   seq_len: int = 1024,

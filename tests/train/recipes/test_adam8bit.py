@@ -1,6 +1,7 @@
 """The ablation: its schemes, when a run has diverged, what is told of runs."""
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 from isthmus.train import log
 from isthmus.train.config import load
 from isthmus.train.loop import NonFiniteError
+from isthmus.train.mesh import Mesh
 from isthmus.train.recipes import adam8bit
 from isthmus.train.study import Study
+from tests.train.recipes.suite import OneDevice
 
 pytestmark = pytest.mark.once
 
@@ -131,3 +134,16 @@ def test_a_small_ablation_is_run(tmp_path):
     ]
     assert adam8bit.FREQUENCIES < run["eval/loss"] < 7
   assert len(json.loads((tmp_path / "ablation.json").read_text())) == 2
+
+
+@pytest.mark.slow
+def test_split_states_train_as_whole_ones(tmp_path):
+  """On two by four devices, kernels and what belongs to them split in two."""
+  job = load("adam8bit:smoke", ["save_every=0", "eval_every=0"])
+  devices = jax.devices()
+  assert len(devices) == 8
+  ends = []
+  for name, mesh in (("one", OneDevice()), ("many", Mesh(data=4, fsdp=2))):
+    fit = dataclasses.replace(job, mesh=mesh)
+    ends.append(fit.run(tmp_path / name)["train/loss"])
+  assert ends[1] == pytest.approx(ends[0], rel=1e-3)
