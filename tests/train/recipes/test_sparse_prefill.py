@@ -3,6 +3,7 @@
 import pytest
 
 from isthmus.attention.bench.ways import WAYS
+from isthmus.attention.sdpa import attention
 from isthmus.data.recall import NAMES
 from isthmus.train.recipes import sparse_prefill as recipe
 
@@ -23,3 +24,11 @@ def test_speed_is_of_the_shape_that_is_promised():
   assert job.lengths[:2] == (131072, 262144) and len(job.lengths) == 4
   # 8 kv heads are those of three layers of SmolLM2, three each.
   assert len(job.layers) == 3 and max(job.layers) < 30
+
+
+def test_deep_is_of_the_sizes_of_llama():
+  job = recipe.get_config("deep")
+  model = job.model(attention)
+  assert model.sizes == (32, 8, 128, 14336)
+  assert model.param_count() == 8030261248  # as its authors' file has
+  assert job.source == "read" and max(job.arrays.lengths) == 131072
