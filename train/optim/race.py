@@ -51,7 +51,7 @@ class Race:
     >>> from isthmus.nets.transformer import Decoder
     >>> model = Decoder(vocab_size=64, width=64, depth=1, num_heads=2)
     >>> Race(models={"tiny": model}).least("tiny", "optax.adamw")
-    1606...
+    1611008
   """
 
   models: Mapping[str, nn.Module]

@@ -156,12 +156,12 @@ def _small() -> Study:
     grid=functools.partial(
       grid,
       rates=(3e-3, 3e-2),
-      sizes={"width": 64, "depth": 2, "num_heads": 4},
+      sizes={"width": 64, "depth": 1, "num_heads": 4},
       seq_len=64,
       eval_fraction=0.01,
-      steps=200,
+      steps=100,
       batch_size=16,
-      warmup=20,
+      warmup=10,
     ),
     report=tell,
   )
