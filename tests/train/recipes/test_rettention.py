@@ -96,6 +96,7 @@ def test_verdicts_follow_the_figures():
 def test_variants():
   cpu, full = recipe.get_config("cpu"), recipe.get_config("full")
   assert cpu.model.tokens == 196 and full.model.tokens == 1024
+  assert recipe.get_config("small").model.tokens == 49
   assert full.model.classes is full.task.classes is None
   image = full.data.open("eval")[0]["image"]
   assert image.shape == (*full.model.sides, full.model.channels)
