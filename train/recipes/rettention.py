@@ -26,8 +26,9 @@ Measured: `small`, dB to the dense sampler's 16 images with 2.0, 6.0, 13.8% of
   window at every share: replicated, least +10.1. The ramp of 0.04 is worth 2 dB
   over none: refuted, +1.1 to +1.6. A plain cache is better but at the least
   share, and 8 dense steps without any between them (33.9) are better than
-  Re-ttention at all three. One net, seed 0 alone, 1200 steps; two CPU cores,
-  jax 0.11.2; measured by us
+  Re-ttention at all three. One net, seed 0 alone; after 1200 steps its digits
+  are still in fragments, so that a better net may say otherwise. Two CPU
+  cores, jax 0.11.2; measured by us
 Check: small: ramp-0.04_over_window >= 6, 0.03125/ramp-0.04 = 31.6 +- 2;
   two CPU cores, Python 3.12, jax 0.11.2
 """
