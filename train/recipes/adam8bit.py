@@ -76,7 +76,8 @@ def get_config(variant: str = "full") -> "Fit | Study | Race":
   `full` is one run, about a minute. `ablation` is 54 of them, by estimate 80 s
   each with what is compiled: eight calls of 10 minutes, each of which goes on
   where the last was stopped (`timeout -s INT 570 isthmus ...`). `small` is an
-  ablation in minutes on a CPU, `ablation_smoke` and `speed_smoke` are seconds.
+  ablation in a quarter of an hour on a CPU; `ablation_smoke` and `speed_smoke`
+  are seconds.
   """
   return choose(
     {
