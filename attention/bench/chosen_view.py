@@ -73,11 +73,12 @@ def verdicts(rows: Sequence[Chosen]) -> list[str]:
     if not group:
       continue
     row = min(group, key=lambda r: r.fwd)
-    holds = row.speeds["cudnn"] >= row.wanted and row.share <= MOST
+    wanted, speed = row.wanted or 0.0, row.speeds["cudnn"]
+    holds = speed >= wanted and row.share <= MOST
     found.append(
       f"{source}, {length} tokens: {row.way}={row.level:g} is"
-      f" {row.speeds['cudnn']:.3g}x cudnn, choice {row.share:.1%}:"
-      f" {row.wanted:g}x promised, {'holds' if holds else 'does not hold'}"
+      f" {speed:.3g}x cudnn, choice {row.share:.1%}:"
+      f" {wanted:g}x promised, {'holds' if holds else 'does not hold'}"
     )
   return found
 

@@ -74,7 +74,7 @@ def _small() -> Prefill:
 
 def _smoke() -> Prefill:
   return dataclasses.replace(
-    sparse_prefill.get_config("smoke"),
+    sparse_prefill.smoke(),
     levels=dict.fromkeys(("pbs", "unpermuted"), (0.25, 0.75)),
     equal=(0.9,),
   )

@@ -84,7 +84,7 @@ def get_config(variant: str = "full") -> Prefill | PrefillSpeed | PrefillDeep:
     {
       "full": _full,
       "small": _small,
-      "smoke": _smoke,
+      "smoke": smoke,
       "speed": _speed,
       "deep": _deep,
     },
@@ -117,7 +117,8 @@ def _small() -> Prefill:
   )
 
 
-def _smoke() -> Prefill:
+def smoke() -> Prefill:
+  """A random decoder of bytes, for seconds."""
   return Prefill(
     load=tiny,
     contexts=(256,),
