@@ -18,7 +18,17 @@ Simplified: a model of 135M with 4-bit weights on Python's library, contexts to
 Command: python -m train.main --config pbs_attn
 Claim: up to 2.75x end to end at 256K tokens, and RULER at 128K of 67.0 with
   permutation, 59.3 without, 75.3 dense; paper's claim
-Measured: not run
+Measured: causal blocks read, mass kept, perplexity (dense 5.81), agreement,
+  digits recalled (dense .95). Permuted at .2, .5, .8: .42, .91, 6.81, .87, .28;
+  .48, .94, 6.56, .88, .31; .62, .97, 6.21, .92, .54. By kv head: .42, .91,
+  6.68, .88, .28; .49, .94, 6.51, .89, .35; .63, .97, 6.17, .93, .60. As they
+  stand: .37, .85, 6.87, .86, .28; .46, .89, 6.34, .90, .39; .64, .95, 5.95,
+  .94, .55. So permutation does keep more mass in as many blocks: .95 of it in
+  .53 of the blocks by head, .54 by kv head, against .64; but perplexity and
+  agreement are worse at as many blocks, and the more so at as much mass (6.45,
+  6.39, 5.95). An order by kv head is no worse than one by head. `small`, seed
+  0: 2 rows of 1024 tokens in blocks of 64, 80 digits; nothing is told of long
+  contexts. Two CPU cores, jax 0.11.2; `full` not run; measured by us
 Check: none
 """
 
