@@ -293,11 +293,13 @@ class Rings:
             break
           hidden = p.devices
         found[f"{name}/{schedule}/hidden_to"] = float(hidden)
-    done = [p for p in points if p.measured is not None]
-    for p in done:
-      name = f"group={p.group}/devices={p.devices}/{p.schedule}"
-      found[f"{name}/measured_over_model"] = p.measured / p.seconds
-    return found | {"measured": float(len(done))}
+    measured = 0
+    for p in points:
+      if p.measured is not None:
+        name = f"group={p.group}/devices={p.devices}/{p.schedule}"
+        found[f"{name}/measured_over_model"] = p.measured / p.seconds
+        measured += 1
+    return found | {"measured": float(measured)}
 
   def head(self, points: list[Point]) -> str:
     """What the tables are of, in a paragraph."""
