@@ -5,7 +5,7 @@ import contextlib
 import jax
 
 # Part of the key of jit's cache, as a ContextVar is not.
-_interpreting = jax.make_user_context(False)
+_interpreting = jax.make_user_context("")
 
 
 def has_mosaic() -> bool:
@@ -18,36 +18,46 @@ def has_mosaic() -> bool:
   return jax.__version_info__ >= (0, 11)
 
 
-def interpreting() -> bool:
-  """Whether Mosaic GPU kernels are interpreted on the CPU.
+def interpreting(kind: str = "gpu") -> bool:
+  """Whether kernels are interpreted on the CPU.
+
+  Args:
+    kind: those of Mosaic for "gpu", or for "tpu".
 
   Example:
     >>> interpreting()
     False
   """
-  return _interpreting.value
+  return _interpreting.value == kind
 
 
 @contextlib.contextmanager
-def interpreted():
+def interpreted(kind: str = "gpu"):
   """`with interpreted():` runs Mosaic GPU kernels on the CPU, for tests.
 
   Every warpgroup is simulated: seconds for what a GPU does in microseconds.
 
+  Args:
+    kind: "gpu"; or "tpu" for the kernels of TPUs, one program after another.
+
   Raises:
-    NotImplementedError: jax is older than 0.11, which brought it.
+    NotImplementedError: for GPUs, jax is older than 0.11, which brought it.
 
   Example:
     >>> with interpreted():
     ...   interpreting()
     True
   """
+  if kind == "tpu":
+    with _interpreting(kind):
+      yield
+    return
   if not has_mosaic():
     raise NotImplementedError(
       f"jax {jax.__version__} can't interpret GPU kernels; 0.11 can"
     )
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
-  with _interpreting(True):
+  with _interpreting(kind):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
       yield

@@ -19,6 +19,11 @@ from jaxtyping import Array, Float
 from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.quant8.api import QTensor, values
 from isthmus.pallas.quant8.codec import encode
+from isthmus.pallas.quant8.lines import (
+  line_by_line,
+  refuse_lines,
+  with_parts,
+)
 from isthmus.pallas.quant8.ref import Rates, direction, moved
 
 #: Blocks that the kernel is compiled for; of longer ones, a lane's numbers
@@ -55,13 +60,10 @@ def adam(
   layout = _layout(plgpu)
   numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in rates])
 
-  def flat(x: Any):
-    return x.reshape(lines, block)
-
   # Written where they are read: the moments and, if given, the parameters.
-  held = [flat(m.codes), m.absmax.reshape(lines)]
-  held += [flat(v.codes), v.absmax.reshape(lines)]
-  held += [] if p is None else [flat(p)]
+  held = [line_by_line(m.codes, block), m.absmax.reshape(lines)]
+  held += [line_by_line(v.codes, block), v.absmax.reshape(lines)]
+  held += [] if p is None else [line_by_line(p, block)]
   refs = [jax.new_ref(x) for x in held]
 
   def body(numbers_ref: Any, g_ref: Any, *refs: Any):
@@ -109,10 +111,10 @@ def adam(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )
-  outs = kernel(numbers, flat(g), *refs)
+  outs = kernel(numbers, line_by_line(g, block), *refs)
   m1, ma, v1, va, *rest = (jax.freeze(x) for x in refs)
   out = (*rest, *outs)[0]
-  return out.reshape(g.shape), _with(m, m1, ma), _with(v, v1, va)
+  return out.reshape(g.shape), with_parts(m, m1, ma), with_parts(v, v1, va)
 
 
 def refuse(
@@ -130,17 +132,11 @@ def refuse(
   reason = refuse_machine()
   if reason is not None:
     return reason
-  kinds = (jnp.float32, jnp.bfloat16, jnp.float16)
-  for name, x in (("gradients", g), ("parameters", p)):
-    if x is not None and x.dtype not in kinds:
-      return f"it takes {name} of float32, bfloat16 and float16, not {x.dtype}"
   if m.block not in BLOCKS:
     return f"it takes blocks of {BLOCKS}, not {m.block}"
-  if m.axis not in (None, -1):
-    return f"it takes blocks along the last axis, not {m.axis}"
-  length = g.size if m.axis is None else g.shape[-1]
-  if length % m.block:
-    return f"it takes whole blocks of {m.block}, not {length} numbers"
+  reason = refuse_lines(g, m, p)
+  if reason is not None:
+    return reason
   rows = _rows(m.block)
   if not g.size or g.size // m.block % rows:
     return (
@@ -161,15 +157,4 @@ def _layout(plgpu: Any) -> Any:
     warp_dims=(-3,),
     lane_dims=(-2,),
     vector_dim=-1,
-  )
-
-
-def _with(q: QTensor, codes: Any, absmax: Any) -> QTensor:
-  return QTensor(
-    codes.reshape(q.shape),
-    absmax.reshape(q.blocks.scales),
-    q.map,
-    q.block,
-    q.axis,
-    q.dtype,
   )

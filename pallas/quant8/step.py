@@ -11,20 +11,27 @@ from isthmus.pallas.quant8.api import QTensor
 from isthmus.pallas.quant8.ref import Rates
 
 
-def _refuse(*args: Any, **kwargs: Any) -> str | None:
+def _refuse_mosaic(*args: Any, **kwargs: Any) -> str | None:
   from isthmus.pallas.quant8 import mosaic
 
   return mosaic.refuse(*args, **kwargs)
 
 
-#: The step's implementations: `mosaic` reads and writes each number once.
+def _refuse_tpu(*args: Any, **kwargs: Any) -> str | None:
+  from isthmus.pallas.quant8 import tpu
+
+  return tpu.refuse(*args, **kwargs)
+
+
+#: The step's implementations: kernels read and write each number once.
 ADAM = Op(
   "adam over eight bits",
   (
-    Impl("mosaic", "isthmus.pallas.quant8.mosaic:adam", _refuse),
+    Impl("mosaic", "isthmus.pallas.quant8.mosaic:adam", _refuse_mosaic),
+    Impl("tpu", "isthmus.pallas.quant8.tpu:adam", _refuse_tpu),
     Impl("xla", ref.adam),
   ),
-  {"gpu": ("mosaic", "xla")},
+  {"gpu": ("mosaic", "xla"), "tpu": ("tpu", "xla")},
 )
 
 
@@ -96,5 +103,5 @@ def in_place(
   """
   for row in ADAM.explain(g, m, v, None, p, impl=impl):
     if row.verdict == "runs":
-      return row.name == "mosaic"
+      return row.name != "xla"
   return False

@@ -25,6 +25,12 @@ def test_an_older_jax_is_told_by_its_version(monkeypatch):
   assert not interpreting()
 
 
+def test_interpreting_is_of_one_kind():
+  with interpreted("tpu"):
+    assert interpreting("tpu") and not interpreting()
+  assert not interpreting("tpu")
+
+
 @pytest.mark.skipif(not has_mosaic(), reason="needs jax 0.11")
 def test_interpreting_ends_with_its_block():
   assert not interpreting()
