@@ -62,9 +62,8 @@ def adam(
   given = [numbers, line_by_line(g, block), *held]
 
   def body(numbers_ref: Any, g_ref: Any, *refs: Any):
-    m_ref, ma_ref, v_ref, va_ref, *refs = refs
-    p_ref = None if p is None else refs.pop(0)
-    m_out, ma_out, v_out, va_out, out = refs
+    m_ref, ma_ref, v_ref, va_ref, *p_ref = refs[:-5]  # the last one if given
+    m_out, ma_out, v_out, va_out, out = refs[-5:]
     rates = Rates(*(numbers_ref[i] for i in range(len(Rates._fields))))
 
     def moment(codes: Any, scale: Any, map: Any):
@@ -76,7 +75,7 @@ def adam(
       moment(v_ref, va_ref, v.map),
       rates,
     )
-    out[...] = u if p_ref is None else moved(p_ref[...], u, rates)
+    out[...] = moved(p_ref[0][...], u, rates) if p_ref else u
     for x, map, codes_out, scale_out in (
       (m1, m.map, m_out, ma_out),
       (v1, v.map, v_out, va_out),
