@@ -216,11 +216,11 @@ def on_cuda():
   """As if there were a GPU to run on."""
   from isthmus.pallas.flash import mosaic
 
-  known, mosaic.refuse_device = mosaic.refuse_device, lambda: None
+  known, mosaic.refuse_machine = mosaic.refuse_machine, lambda: None
   try:
     yield
   finally:
-    mosaic.refuse_device = known
+    mosaic.refuse_machine = known
 
 
 @pytest.mark.parametrize("impl", ["xla", "chunked"])

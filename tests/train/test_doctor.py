@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from isthmus.attention import sdpa
-from isthmus.pallas import dispatch
+from isthmus.pallas import dispatch, hopper
 from isthmus.pallas.compat import has_mosaic
 from isthmus.pallas.dispatch import Row
-from isthmus.pallas.flash import chunked, cudnn, mosaic
+from isthmus.pallas.flash import chunked, cudnn
 from isthmus.train import doctor, peak
 
 
@@ -72,7 +72,7 @@ CPU = Device("cpu", "cpu")
 
 def _machine(monkeypatch, device):
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  for module in (dispatch, chunked, cudnn, mosaic):
+  for module in (dispatch, chunked, cudnn, hopper):
     monkeypatch.setattr(module, "platform", lambda: device.platform)
 
 
