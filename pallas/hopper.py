@@ -12,8 +12,8 @@ def refuse_machine() -> str | None:
   It needs jax 0.11, and a GPU of compute capability 9.0, or `interpreted`.
 
   Example:
-    >>> refuse_machine()  # on a CPU, of jax 0.11 on
-    'it needs an NVIDIA Hopper GPU, and the platform is cpu'
+    >>> print(refuse_machine())  # on a CPU; before jax 0.11 for that alone
+    it needs ...
   """
   if not has_mosaic():
     return f"it needs jax 0.11, and this is {jax.__version__}"

@@ -301,8 +301,8 @@ def refuse() -> str | None:
   """Why nothing can be measured here, or None.
 
   Example:
-    >>> refuse()  # on a CPU
-    'it needs an NVIDIA Hopper GPU, and the platform is cpu'
+    >>> print(refuse())  # on a CPU
+    it needs ...
   """
   from isthmus.pallas.hopper import refuse_machine
 
