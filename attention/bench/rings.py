@@ -148,11 +148,9 @@ def sends(
   def own(m):  # numbers of the array that a device puts in
     if m.collective == "permute":
       return m.bytes // width
-    if m.collective == "exchange":
-      return m.bytes // width // others * size
-    if m.collective == "scatter":
-      return m.bytes // width // others * size
-    return m.bytes // width // others
+    return (
+      m.bytes // width // others * (1 if m.collective == "gather" else size)
+    )
 
   most = max(map(own, sent), default=size)
   most += -most % size

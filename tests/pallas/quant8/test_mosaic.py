@@ -87,13 +87,13 @@ def equals_the_reference(args, impl="mosaic"):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name):
   with interpreted():
-    equals_the_reference(case(**CASES[name]))
+    assert equals_the_reference(case(**CASES[name]))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_on_gpu(name):
-  equals_the_reference(case(**CASES[name]))
+  assert equals_the_reference(case(**CASES[name]))
 
 
 @needs_mosaic
