@@ -37,7 +37,8 @@ class Limits:
   """The largest volume, depth and width of a net within a budget, by mode.
 
   Found from compiled programs, several at a time. Where the reversible net
-  goes beyond the plain one, its step is run, and the plain net's tried.
+  goes beyond the plain one, its step is run, and the plain net's tried. Run
+  again in its folder, it goes on with what isn't known yet.
 
   Attributes:
     net: of which one size at a time is enlarged. Its mode is not read.
@@ -160,10 +161,11 @@ class Limits:
       `SIZE/MODE/ms`.
     """
     path = pathlib.Path(workdir).absolute()
-    found: dict[str, float] = {}
     began = time.monotonic()
     with folder.lock(path), requests() as stop:
       folder.record(path, self, source=source or {}, force=force)
+      # Settings that were forced may differ from those it was found with.
+      found = {} if force else log.read_results(path, "limits.json")
 
       def check():
         if stop.asked or time.monotonic() - began > self.limit_s:
@@ -202,15 +204,19 @@ class Limits:
       waiting = {
         f"{mode}/{axis}": pool.submit(search, mode, axis)
         for axis, mode in itertools.product(self.axes, self.modes)
+        if f"{mode}/{axis}" not in found
       }
       if self.shown:
         waiting |= {
           f"{mode}/gib": pool.submit(shown, mode, self.shown)
           for mode in self.modes
+          if f"{mode}/gib" not in found
         }
       for name, one in waiting.items():
         yield name, lambda name=name, one=one: {name: one.result()}
     for name, net, sides in self.beyond(found):
+      if f"{name}/reversible/ran" in found:
+        continue
 
       def execute(name=name, net=net, sides=sides):
         check()
@@ -223,16 +229,16 @@ class Limits:
   ) -> list[tuple[str, UNet3D, tuple[int, int, int]]]:
     """(name, net, sides) of what was found to fit the reversible net alone."""
     sizes = []
+    ours = found.get("reversible/gib", math.inf)
+    if self.shown and ours <= self.budget < found.get("plain/gib", 0.0):
+      name = "x".join(map(str, self.shown))
+      sizes.append((name, self.net.clone(mode="reversible"), self.shown))
     for axis in self.axes:
       ours = int(found.get(f"reversible/{axis}", 0))
       if ours > found.get(f"plain/{axis}", math.inf):
         sides = (ours, ours, ours) if axis == "volume" else self.sides
         net = self.resized("reversible", axis, ours)
         sizes.append((f"{axis}={ours}", net, sides))
-    ours = found.get("reversible/gib", math.inf)
-    if self.shown and ours <= self.budget < found.get("plain/gib", 0.0):
-      name = "x".join(map(str, self.shown))
-      sizes.append((name, self.net.clone(mode="reversible"), self.shown))
     return sizes
 
   def execute(

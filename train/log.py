@@ -228,14 +228,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     manifest.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_results(workdir: pathlib.Path) -> dict[str, float]:
-  """The results of a run that has ended; a damaged file is set aside.
+def read_results(
+  workdir: pathlib.Path, name: str = RESULTS
+) -> dict[str, float]:
+  """The figures of a run, so far or at its end; a damaged file is set aside.
 
   Example:
     >>> read_results(pathlib.Path())  # before a run's end
     {}
   """
-  path = workdir / RESULTS
+  path = workdir / name
   with _refusing(path):
     if not path.exists():
       return {}

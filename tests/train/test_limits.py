@@ -87,6 +87,29 @@ def test_late_figures_are_not_begun(tmp_path):
   assert (tmp_path / "limits.md").read_text().count("not searched") == 9
 
 
+def test_what_is_known_is_not_found_again(tmp_path, monkeypatch):
+  """A run that was given up goes on; new settings, forced, begin anew."""
+  two = ("reversible", "plain")
+  job = _job(shown=(6, 4, 2), axes=("depth",), modes=two)
+  whole = job.run(tmp_path / "whole")
+  known = {"reversible/depth": 20.0, "plain/depth": 4.0}
+  (tmp_path / "part").mkdir()
+  (tmp_path / "part" / "limits.json").write_text(json.dumps(known))
+  assert job.run(tmp_path / "part") == {
+    **known,
+    **{k: v for k, v in whole.items() if k.endswith("/gib")},
+    "gain/depth": 5.0,
+    "6x4x2/reversible/ran": 1.0,
+    "depth=20/reversible/ran": 1.0,
+  }
+  for name in ("largest", "execute"):
+    monkeypatch.setattr(MadeUp, name, None)
+  assert job.run(tmp_path / "whole") == whole
+  monkeypatch.undo()
+  forced = dataclasses.replace(job, budget=10.0)
+  assert forced.run(tmp_path / "part", force=True)["plain/depth"] == 16
+
+
 def test_sizes_are_set_in_all_levels():
   job = _job()
   assert job.resized("remat", "width", 10).widths == (10, 20)
