@@ -2,18 +2,22 @@
 
 A sort would find them too. What is done instead takes the same few passes
 over the scores whatever their number: the bits of floats that are not
-negative rise with their values, so that the least value kept is found bit by
-bit.
+negative rise with their values, so that the least value kept is found a few
+bits at a time.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
+#: Bits of the least value that one pass settles. It takes a sum for each of
+#: their numbers but 0; memory is read once for all.
+_BITS = 3
+
 
 def keep_best(
   score: Float[Array, "*lead m"],
-  weight: Num[Array, "*#lead #m"],
+  weight: Num[Array, "*#lead #m"] | None,
   target: Num[Array, "*#lead"],
   allowed: Bool[Array, "*#lead m"] | None = None,
 ) -> Bool[Array, "*lead m"]:
@@ -25,36 +29,49 @@ def keep_best(
 
   Args:
     score: not negative.
-    weight: of each, not negative.
+    weight: of each, not negative; None: the scores themselves.
     target: what the weights kept must reach; none are kept if it is <= 0.
     allowed: what may be kept; default all.
 
   Example:
     >>> score = jnp.array([0.1, 0.4, 0.3, 0.2])
-    >>> keep_best(score, score, jnp.array(0.6)).tolist()
+    >>> keep_best(score, None, jnp.array(0.6)).tolist()
     [False, True, True, False]
     >>> keep_best(score, jnp.ones(4), jnp.array(3.0)).tolist()
     [False, True, True, True]
   """
-  bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+  score = score.astype(jnp.float32)
+  bits = jax.lax.bitcast_convert_type(score, jnp.int32)
   if allowed is None:
     allowed = jnp.ones_like(bits, bool)
   # Those of -0 are a negative number's.
   bits = jnp.where(allowed, jnp.maximum(bits, 0), -1)
+  if weight is None:  # of what isn't allowed it is NaN, and not looked at
+    weight = jax.lax.bitcast_convert_type(bits, jnp.float32)
   weight = jnp.broadcast_to(weight, bits.shape)
-  weight = jnp.where(allowed, weight, jnp.zeros_like(weight))
   target = jnp.broadcast_to(target, bits.shape[:-1])
 
   def enough(least):
     kept = jnp.where(bits >= least[..., None], weight, 0)
     return jnp.sum(kept, axis=-1) >= target
 
-  def settle(i, least):
-    """The largest number whose bits above the i-th are known."""
-    raised = least | (jnp.int32(1) << (30 - i).astype(jnp.int32))
-    return jnp.where(enough(raised), raised, least)
+  def settle(least, shift, number):
+    """The largest number whose bits from `shift` on are known."""
+    more = sum(
+      enough(least | (jnp.int32(i) << shift)).astype(jnp.int32)
+      for i in range(1, number)
+    )
+    return least | (more << shift)
 
-  least = jax.lax.fori_loop(0, 31, settle, jnp.zeros_like(bits[..., 0]))
+  rounds, rest = divmod(31, _BITS)
+  least = jnp.zeros_like(bits[..., 0])
+  least = settle(least, jnp.int32(31 - rest), 2**rest)
+
+  def next_bits(i, least):
+    shift = (31 - rest - _BITS * (i + 1)).astype(jnp.int32)
+    return settle(least, shift, 2**_BITS)
+
+  least = jax.lax.fori_loop(0, rounds, next_bits, least)
   # Of those at the least value, as many as are wanted still.
   above, equal = bits > least[..., None], bits == least[..., None]
   have = jnp.sum(jnp.where(above, weight, 0), axis=-1, keepdims=True)
@@ -96,4 +113,4 @@ def keep_mass(
   p = jnp.exp(score - jnp.where(jnp.isneginf(top), 0.0, top))
   total = jnp.sum(p, axis=-1, keepdims=True)
   p = p / jnp.where(total == 0, 1.0, total)
-  return keep_best(p, p, jnp.float32(threshold), allowed)
+  return keep_best(p, None, jnp.float32(threshold), allowed)

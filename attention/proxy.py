@@ -95,7 +95,7 @@ def block_budget(
   mass = jnp.pad(mass, ((0, 0), (0, 0), (0, blocks * block - t)))
   mass = mass.reshape(b, n, blocks, block).sum(axis=3)
   mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
-  kept = keep_best(mass, mass, jnp.float32(gamma))
+  kept = keep_best(mass, None, jnp.float32(gamma))
   return jnp.sum(kept, axis=-1, dtype=jnp.int32)
 
 

@@ -231,7 +231,7 @@ def antidiagonal_select(
     kept = jnp.broadcast_to(past, score.shape)
   else:
     target = threshold * jnp.sum(score, axis=-1)
-    kept = keep_best(score, score, target, past)
+    kept = keep_best(score, None, target, past)
   return _mask(kept, t, block, sink)
 
 
