@@ -6,9 +6,11 @@ negative rise with their values, so that the least value kept is found a few
 bits at a time.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int32, Num
 
 #: Bits of the least value that one pass settles. It takes a sum for each of
 #: their numbers but 0; memory is read once for all.
@@ -55,30 +57,44 @@ def keep_best(
     kept = jnp.where(bits >= least[..., None], weight, 0)
     return jnp.sum(kept, axis=-1) >= target
 
+  least = _largest(enough, bits.shape[:-1], 31)
+  # Of those at the least value, as many as are wanted still: up to the place
+  # before which they are not enough.
+  above, equal = bits > least[..., None], bits == least[..., None]
+  have = jnp.sum(jnp.where(above, weight, 0), axis=-1)
+  place = jnp.arange(bits.shape[-1], dtype=jnp.int32)
+
+  def lacking(end):
+    first = jnp.where(equal & (place < end[..., None]), weight, 0)
+    return have + jnp.sum(first, axis=-1) < target
+
+  end = _largest(lacking, least.shape, bits.shape[-1].bit_length())
+  kept = above | (equal & (place <= end[..., None]))
+  return kept & (target > 0)[..., None]
+
+
+def _largest(
+  holds: Callable[[Int32[Array, "*lead"]], Bool[Array, "*lead"]],
+  shape: tuple[int, ...],
+  bits: int,
+) -> Int32[Array, "*lead"]:
+  """The largest number of so many bits that `holds`, as all lower ones do."""
+
   def settle(least, shift, number):
-    """The largest number whose bits from `shift` on are known."""
     more = sum(
-      enough(least | (jnp.int32(i) << shift)).astype(jnp.int32)
+      holds(least | (jnp.int32(i) << shift)).astype(jnp.int32)
       for i in range(1, number)
     )
     return least | (more << shift)
 
-  rounds, rest = divmod(31, _BITS)
-  least = jnp.zeros_like(bits[..., 0])
-  least = settle(least, jnp.int32(31 - rest), 2**rest)
+  rounds, rest = divmod(bits, _BITS)
+  least = settle(jnp.zeros(shape, jnp.int32), bits - rest, 2**rest)
 
   def next_bits(i, least):
-    shift = (31 - rest - _BITS * (i + 1)).astype(jnp.int32)
+    shift = (bits - rest - _BITS * (i + 1)).astype(jnp.int32)
     return settle(least, shift, 2**_BITS)
 
-  least = jax.lax.fori_loop(0, rounds, next_bits, least)
-  # Of those at the least value, as many as are wanted still.
-  above, equal = bits > least[..., None], bits == least[..., None]
-  have = jnp.sum(jnp.where(above, weight, 0), axis=-1, keepdims=True)
-  equal_weight = jnp.where(equal, weight, 0)
-  before = have + jnp.cumsum(equal_weight, axis=-1) - equal_weight
-  kept = above | (equal & (before < target[..., None]))
-  return kept & (target > 0)[..., None]
+  return jax.lax.fori_loop(0, rounds, next_bits, least)
 
 
 def keep_mass(

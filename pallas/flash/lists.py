@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-# The least entry is taken as often instead of sorting a row: the blocks that
-# the end of a causal mask crosses are two.
+# The least entry is taken as often instead of looking each place up: the blocks
+# that the end of a causal mask crosses are two.
 _FEW = 4
+# Bits of a word of a row.
+_WORD = 32
 
 
 @jax.tree_util.register_dataclass
@@ -100,21 +103,57 @@ def compact(
   size = seen.shape[-1]
   capacity = size if capacity is None else min(capacity, size)
   num = jnp.sum(seen, axis=-1, dtype=jnp.int32)
-  index = jnp.where(seen, jnp.arange(size, dtype=jnp.int32), size)
+  place = jnp.arange(size, dtype=jnp.int32)
   if capacity <= _FEW:
+    index = jnp.where(seen, place, size)
     found = [jnp.min(index, axis=-1)]
     while len(found) < capacity:
       index = jnp.where(index > found[-1][..., None], index, size)
       found.append(jnp.min(index, axis=-1))
     index = jnp.stack(found, axis=-1)
   else:
-    index = jnp.sort(index, axis=-1)[..., :capacity]
-  last = jnp.take_along_axis(
-    index, jnp.clip(num - 1, 0, capacity - 1)[..., None], axis=-1
-  )
+    index = _places(seen, capacity)
   # A row without blocks points at block 0.
-  last = jnp.where(num[..., None] > 0, last, 0)
-  return num, jnp.where(index < size, index, last)
+  last = jnp.max(jnp.where(seen, place, 0), axis=-1, keepdims=True)
+  valid = jnp.arange(capacity, dtype=jnp.int32) < num[..., None]
+  return num, jnp.where(valid, index, last)
+
+
+def _places(seen, capacity: int):
+  """Where a row is True for the j-th time, j < capacity, if it is as often.
+
+  Each j finds its word of the row by the counts up to each word's end, and its
+  bit by those of halves: a row is read once, and nothing is sorted.
+  """
+  lead, size = seen.shape[:-1], seen.shape[-1]
+  number = -(-size // _WORD)
+  padded = jnp.pad(seen, [(0, 0)] * len(lead) + [(0, number * _WORD - size)])
+  bits = padded.reshape(*lead, number, _WORD).astype(jnp.uint32)
+  words = jnp.sum(
+    bits << jnp.arange(_WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32
+  )
+  ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32), axis=-1)
+  j = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (*lead, capacity))
+
+  def at(x, index):
+    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+
+  # How many words end at or before j.
+  word = jnp.zeros_like(j)
+  for i in reversed(range(number.bit_length())):
+    further = jnp.minimum(word + (1 << i), number)
+    word = jnp.where(at(ends, further - 1) <= j, further, word)
+  before = jnp.where(word > 0, at(ends, jnp.maximum(word - 1, 0)), 0)
+  word = jnp.minimum(word, number - 1)
+  left, rest, bit = at(words, word), j - before, jnp.zeros_like(j)
+  for half in (16, 8, 4, 2, 1):
+    low = left & jnp.uint32((1 << half) - 1)
+    count = lax.population_count(low).astype(jnp.int32)
+    above = rest >= count
+    rest = jnp.where(above, rest - count, rest)
+    left = jnp.where(above, left >> half, left)
+    bit = jnp.where(above, bit + half, bit)
+  return word * _WORD + bit
 
 
 def to_blocks(

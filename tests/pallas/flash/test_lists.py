@@ -55,6 +55,21 @@ def test_compact(capacity):
     assert set(entries[len(kept) :]) <= {kept[-1] if kept else 0}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("size", [31, 32, 33, 64, 97, 256, 1000])
+def test_compact_of_long_rows(size, share):
+  """Of one word and of many; words that are full, and ones that are empty."""
+  blocks = np.random.default_rng(size).random((40, size)) < share
+  blocks[1, : size // 2] = True
+  num, index = jax.jit(compact)(blocks)
+  for row, (count, entries) in enumerate(zip(num, index, strict=True)):
+    wanted = np.flatnonzero(blocks[row])
+    assert count == len(wanted)
+    last = wanted[-1] if len(wanted) else 0
+    padded = np.append(wanted, [last] * (size - len(wanted)))
+    np.testing.assert_array_equal(entries, padded)
+
+
 @pytest.mark.parametrize("kb", [1, 2, 3, 4, 5, 8, 13])
 def test_lists_and_blocks_and_back(kb):
   blocks = _blocks((2, 1, 6, kb), seed=kb)
