@@ -42,7 +42,7 @@ class PrefillDeep:
     ValueError: sizes below 1, no such source.
 
   Example:
-    >>> arrays = PrefillSpeed(levels={"mass": 0.9}, lengths=(32768,))
+    >>> arrays = PrefillSpeed(levels={"mass": (0.9,)}, lengths=(32768,))
     >>> job = PrefillDeep(arrays=arrays, source="drawn")
     >>> round(job.model(attention).param_count() / 1e9, 2)
     8.03
@@ -166,7 +166,7 @@ class PrefillDeep:
     cases: dict[str, tuple[Any, Any]] = {"dense": (attention, None)}
     if platform() == "gpu":
       cases["cudnn"] = (_cudnn, None)
-    for name, level in self.arrays.levels.items():
+    for name, level in self.arrays.wanted:
       chosen = way(name, level, block=self.arrays.block, length=length)
       cases[f"{name}={level:g}"] = (chosen.attend, chosen.select)
     found, limit = {}, self.arrays.seconds

@@ -41,7 +41,7 @@ class PrefillSpeed:
     corpus: the text, of which the "train" split is read.
     context: tokens that the model was trained for.
     layers: of which the heads are.
-    levels: ways, and what each is asked to keep.
+    levels: ways, and what each is asked to keep, one after the other.
     lengths: in the order in which they are measured.
     heads, kv_heads, width: of the arrays.
     block: of tokens.
@@ -55,7 +55,7 @@ class PrefillSpeed:
     ValueError: sizes that don't fit, an unknown way, a level outside (0, 1].
 
   Example:
-    >>> job = PrefillSpeed(levels={"mass": 0.9}, lengths=(1024,))
+    >>> job = PrefillSpeed(levels={"mass": (0.9,)}, lengths=(1024,))
     >>> job.shape
     'H32/8 D128'
   """
@@ -64,7 +64,7 @@ class PrefillSpeed:
   corpus: Corpus = PythonLibrary()
   context: int = 8192
   layers: tuple[int, ...] = (4, 14, 24)
-  levels: Mapping[str, float]
+  levels: Mapping[str, tuple[float, ...]]
   lengths: tuple[int, ...] = (131072, 262144, 65536, 32768)
   heads: int = 32
   kv_heads: int = 8
@@ -84,8 +84,13 @@ class PrefillSpeed:
       raise ValueError(
         f"lengths are {self.lengths}; each is 4 blocks of {self.block} or more"
       )
-    for name, level in self.levels.items():
+    for name, level in self.wanted:
       way(name, level, block=self.block, length=max(self.lengths))
+
+  @property
+  def wanted(self) -> list[tuple[str, float]]:
+    """(way, level) of all that is measured."""
+    return [(name, x) for name, xs in self.levels.items() for x in xs]
 
   @property
   def shape(self) -> str:
@@ -123,7 +128,7 @@ class PrefillSpeed:
     left = self.seconds - (time.monotonic() - began) if self.seconds else None
     for found in measure(
       sources,
-      list(self.levels.items()),
+      self.wanted,
       self.lengths,
       clock,
       block=self.block,

@@ -14,7 +14,7 @@ from isthmus.train.prefill_speed import PrefillSpeed
 pytestmark = pytest.mark.once
 
 ARRAYS = PrefillSpeed(
-  levels={"window": 0.25},
+  levels={"window": (0.25,)},
   lengths=(128,),
   heads=4,
   kv_heads=2,

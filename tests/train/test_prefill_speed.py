@@ -21,7 +21,7 @@ SMALL = functools.partial(
   load=tiny,
   context=64,
   layers=(1, 0),
-  levels={"window": 0.25},
+  levels={"window": (0.25, 0.5)},
   lengths=(128,),
   heads=4,
   kv_heads=2,
@@ -40,6 +40,7 @@ def test_both_sources_are_timed_and_written(tmp_path):
     assert found[f"{name}/fwd/ms"] > 0 and found[f"{name}/choice/ms"] > 0
     assert 0 < found[f"{name}/mass"] <= 1
     assert found[f"{name}/kept"] == pytest.approx(26 / 36)
+    assert found[f"{source}/128/window=0.5/kept"] > found[f"{name}/kept"]
   report = Report.read(tmp_path / "bench.json")
   digests = [row.digest for row in report.chosen]
   assert len(set(digests)) == 2 and {len(x) for x in digests} == {64}
@@ -83,8 +84,8 @@ def test_without_time_it_says_so(tmp_path):
     ({"width": 12}, "width is 12"),
     ({"lengths": (32,)}, "4 blocks of 16"),
     ({"lengths": ()}, "4 blocks of 16"),
-    ({"levels": {"masses": 0.5}}, "'masses' is none of window"),
-    ({"levels": {"mass": 2.0}}, "lies in"),
+    ({"levels": {"masses": (0.5,)}}, "'masses' is none of window"),
+    ({"levels": {"mass": (2.0,)}}, "lies in"),
   ],
 )
 def test_refused(fields, words):
