@@ -142,7 +142,7 @@ def routing(
 
 def _choose(options, q, k, extras) -> Int32[Array, "b n t c"]:
   """As `select.choose`, chosen blocks in any order."""
-  from isthmus.pallas.moba.mosaic_select import MOST, TILE, best
+  from isthmus.pallas.moba.mosaic_select import MOST, TILE, best, spans
 
   layout, causal, top_k = extras.layout, options.causal, options.top_k
   centroids = extras.centroids
@@ -153,33 +153,21 @@ def _choose(options, q, k, extras) -> Int32[Array, "b n t c"]:
     return choose(q, centroids, layout, top_k=top_k, causal=causal)
   first, last = layout.first, layout.last
   ends = ((0, 0), (0, -q.shape[1] % ROWS))
-  able = first < last
-  span = jnp.stack(
-    [
-      jnp.pad(jnp.where(able, first, g), ends, constant_values=g)
-      .reshape(first.shape[0], -1, ROWS)
-      .min(axis=2),
-      jnp.pad(jnp.where(able, last, 0), ends)
-      .reshape(last.shape[0], -1, ROWS)
-      .max(axis=2),
-    ],
-    axis=1,
-  )
   found = best(
     _longer(q, ROWS),
     _longer(centroids, TILE),
     jnp.pad(first, ends),
     jnp.pad(last, ends),
-    span.astype(jnp.int32),
+    spans(first, last, g),
     count=count,
   )[..., : q.shape[1]]
   found = jnp.where(found < 0, -1, found).astype(jnp.int32)
-  found = jnp.swapaxes(found, 2, 3)
   if causal:
-    own = layout.own[:, None, :, None]
-    own = jnp.broadcast_to(own, (*found.shape[:3], 1))
-    found = jnp.concatenate([own, found], axis=-1)
-  return found
+    own = layout.own[:, None, None]
+    own = jnp.broadcast_to(own, (*found.shape[:2], 1, found.shape[3]))
+    found = jnp.concatenate([own, found], axis=2)
+  # What turns and joins at once reads one number at a time.
+  return jnp.swapaxes(jax.lax.optimization_barrier(found), 2, 3)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -209,7 +197,8 @@ def _walk(options, q, k, v, layout, places):
   parts, blocks = chunks(q, k, q.size), _Blocks(options, q, k, layout)
   flat = q.reshape(-1, q.shape[3])
 
-  def some(lane, places, k, v):
+  def some(lane, places, k, v, bounds):
+    k, v = blocks.cut(k, bounds), blocks.cut(v, bounds)
     lists = block_tiles(places, ROWS, k.shape[2])
     rows = _rows(flat, parts.flat(lane, places.row))
     o, lse = forward(rows, k, v, lists, scale=options.scale)
@@ -218,7 +207,8 @@ def _walk(options, q, k, v, layout, places):
 
   keys, values = blocks.keys(k), blocks.keys(v)
   lane = jnp.arange(len(keys), dtype=jnp.int32)
-  o, lse = _groups(some, (lane, places, keys, values), _cost(places, q))
+  args = (lane, places, keys, values, blocks.bounds)
+  o, lse = _groups(some, args, _cost(places, q))
   return parts.back(o[None]), jnp.swapaxes(parts.back(lse[None]), 1, 2)
 
 
@@ -234,7 +224,8 @@ def _walk_back(options, residuals, cotangents):
   stats = jnp.stack([jnp.swapaxes(lse, 1, 2) * _LOG2E, delta], axis=-1)
   flat_q, flat_do, stats = (x.reshape(-1, x.shape[3]) for x in (q, do, stats))
 
-  def some(lane, places, k, v):
+  def some(lane, places, k, v, bounds):
+    k, v = blocks.cut(k, bounds), blocks.cut(v, bounds)
     lists = block_tiles(places, ROWS, k.shape[2])
     index = parts.flat(lane, places.row)
     q, do = _rows(flat_q, index), _rows(flat_do, index)
@@ -243,11 +234,13 @@ def _walk_back(options, residuals, cotangents):
     lse = jnp.where(places.limit > 0, lse, jnp.inf)
     dq, dk, dv = backward(q, do, k, v, lse, delta, lists, scale=options.scale)
     dq = summed(dq, places.place, places.real) * options.scale
+    dk, dv = blocks.joined(dk, bounds), blocks.joined(dv, bounds)
     return dq.astype(q.dtype), dk, dv
 
   keys, values = blocks.keys(k), blocks.keys(v)
   lane = jnp.arange(len(keys), dtype=jnp.int32)
-  dq, dk, dv = _groups(some, (lane, places, keys, values), _cost(places, q))
+  args = (lane, places, keys, values, blocks.bounds)
+  dq, dk, dv = _groups(some, args, _cost(places, q))
   return parts.back(dq[None]), blocks.back(dk), blocks.back(dv)
 
 
@@ -280,7 +273,15 @@ def _groups(function, args, cost):
 
 
 class _Blocks:
-  """Keys as blocks of a size that kernels take, and back."""
+  """Keys as blocks of a size that kernels take, and back.
+
+  Blocks that are no whole number of pieces take more memory than their keys,
+  and are made of a few lanes at a time.
+
+  Attributes:
+    bounds: [l g], [l g] and [l 1]; where blocks start and stop, and one past
+      the last key that anyone sees.
+  """
 
   def __init__(self, options, q, k, layout: BlockLayout):
     self.parts, self.s = chunks(q, k, q.size), k.shape[1]
@@ -291,41 +292,52 @@ class _Blocks:
     _, start, stop = split(
       none, layout.start, layout.stop, block=options.block, size=self.size
     )
-    self.start, self.stop = self.parts.each(start), self.parts.each(stop)
     last = jnp.max(layout.at, axis=1, keepdims=True)
-    self.seen = self.parts.each(jnp.minimum(last, self.s - 1) + 1)
+    seen = jnp.minimum(last, self.s - 1) + 1
+    self.bounds = tuple(self.parts.each(x) for x in (start, stop, seen))
 
   def keys(self, x):
-    """[b s k d] -> [l g w d], 0 where there is no key that anyone sees."""
+    """[b s k d] -> what `cut` takes, of all lanes."""
     x = self.parts.lanes(x)
-    d = x.shape[2]
-    if self.aligned:
-      # 0 NaN is NaN, so probabilities of 0 alone would let it through.
-      there = jnp.arange(self.s) < self.seen
-      x = jnp.where(there[..., None], x, 0)
-      ends = self.start.shape[1] * self.size - self.s
-      x = jnp.pad(x, ((0, 0), (0, ends), (0, 0)))
-    else:
-      index = self.start[..., None] + jnp.arange(self.size, dtype=jnp.int32)
-      stop = jnp.minimum(self.stop, self.seen)
-      there = (index < stop[..., None]).reshape(x.shape[0], -1)
-      x = taken(x, jnp.where(there, index.reshape(there.shape), self.s))
-    return x.reshape(x.shape[0], -1, self.size, d)
+    if not self.aligned:
+      return x
+    # 0 NaN is NaN, so probabilities of 0 alone would let it through.
+    start, _, seen = self.bounds
+    there = jnp.arange(self.s) < seen
+    x = jnp.where(there[..., None], x, 0)
+    ends = start.shape[1] * self.size - self.s
+    x = jnp.pad(x, ((0, 0), (0, ends), (0, 0)))
+    return x.reshape(x.shape[0], -1, self.size, x.shape[2])
 
-  def back(self, x):
-    """[l g w d] -> [b s k d], 0 for a key of no block."""
+  def cut(self, x, bounds):
+    """Of lanes, to [l g w d], 0 where there is no key that anyone sees."""
+    if self.aligned:
+      return x
+    start, stop, seen = bounds
+    index = start[..., None] + jnp.arange(self.size, dtype=jnp.int32)
+    there = index < jnp.minimum(stop, seen)[..., None]
+    index = jnp.where(there, index, self.s).reshape(x.shape[0], -1)
+    return taken(x, index).reshape(x.shape[0], -1, self.size, x.shape[2])
+
+  def joined(self, x, bounds):
+    """[l g w d] -> [l s d] of lanes, 0 for a key of no block."""
     lanes, g, _, d = x.shape
     x = x.reshape(lanes, -1, d)
     if self.aligned:
-      x = x[:, : self.s]
-    else:
-      key = jnp.arange(self.s, dtype=jnp.int32)
-      find = functools.partial(jnp.searchsorted, side="right")
-      block = jax.vmap(find, in_axes=(0, None))(self.stop, key)
-      start = jnp.take_along_axis(self.start, block, axis=1, mode="clip")
-      index = block * self.size + key - start
-      x = taken(x, jnp.where(block < g, index, x.shape[1]))
-    x = x.reshape(self.parts.b, self.parts.heads, self.s, d)
+      return x[:, : self.s]
+    start, stop, _ = bounds
+    key = jnp.arange(self.s, dtype=jnp.int32)
+    find = functools.partial(
+      jnp.searchsorted, side="right", method="scan_unrolled"
+    )
+    block = jax.vmap(find, in_axes=(0, None))(stop, key)
+    first = jnp.take_along_axis(start, block, axis=1, mode="clip")
+    index = block * self.size + key - first
+    return taken(x, jnp.where(block < g, index, x.shape[1]))
+
+  def back(self, x):
+    """[l s d] of all lanes -> [b s k d]."""
+    x = x.reshape(self.parts.b, self.parts.heads, self.s, x.shape[2])
     return jnp.swapaxes(x, 1, 2)
 
 

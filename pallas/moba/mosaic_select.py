@@ -5,6 +5,12 @@ and walks along the centroids from the newest block that one of them may choose
 to the oldest. Of each tile, round by round, a row's best remaining score takes
 the place of the least one in its list if it is larger. Of equal scores the
 newer block thus wins. Indices are float32 within, which is exact.
+
+Products are cheap and rounds are not, so there are two walks. The first one
+leaves a row the largest score of each column over all tiles. If `count` of
+these reach a level, `count` scores do, and what is below it can't be chosen:
+the second walk, which is of rounds, begins with lists of that level. A tile
+has as many rounds as one of its rows has scores above its list's least.
 """
 
 import functools
@@ -31,8 +37,46 @@ from isthmus.pallas.flash.tile import (
 TILE, STAGES = 64, 2
 #: Places of a list that a kernel can keep in registers.
 MOST = 64
+#: Halvings of the range in which the level of the lists is looked for.
+HALVINGS = 8
 
 _NEVER = -1e9  # below any index
+_LARGE = 3e38
+
+
+def spans(first, last, blocks):
+  """What the queries of each tile may choose, of `first` to `last`.
+
+  Args:
+    first, last: int32 [b|1, t], as in `best`; t is any number.
+    blocks: their number.
+
+  Returns:
+    int32 [b|1, 4, tiles]: the least `first` and the largest `last` of queries
+    that may choose any, then the largest `first` and the least `last` of all,
+    between which no query is told from another.
+
+  Example:
+    >>> first, last = jnp.array([[0, 0, 1, 5]]), jnp.array([[3, 4, 4, 5]])
+    >>> spans(first, last, 8)[0, :, 0].tolist()
+    [0, 4, 8, 0]
+  """
+  ends = ((0, 0), (0, -first.shape[1] % ROWS))
+
+  def tiles(x, fill):
+    x = jnp.pad(x, ends, constant_values=fill)
+    return x.reshape(x.shape[0], -1, ROWS)
+
+  able = first < last
+  return jnp.stack(
+    [
+      tiles(jnp.where(able, first, blocks), blocks).min(axis=2),
+      tiles(jnp.where(able, last, 0), 0).max(axis=2),
+      tiles(first, blocks).max(axis=2),
+      tiles(last, 0).min(axis=2),
+    ],
+    axis=1,
+  ).astype(jnp.int32)
 
 
 def best(q, centroids, first, last, span, *, count):
@@ -43,8 +87,7 @@ def best(q, centroids, first, last, span, *, count):
     centroids: [b g heads d]; g is a multiple of TILE.
     first, last: int32 [b|1, t], the blocks that a query may choose; none if
       first >= last.
-    span: int32 [b|1, 2, t / ROWS], the least `first` and the largest `last`
-      of the queries of a tile that may choose any; equal if there are none.
+    span: int32 [b|1, 4, t / ROWS], of the queries of a tile, see `spans`.
     count: blocks wanted, at most MOST.
 
   Returns:
@@ -53,7 +96,7 @@ def best(q, centroids, first, last, span, *, count):
   Example:
     >>> shape = jax.ShapeDtypeStruct
     >>> q = shape((1, 64, 2, 64), "bfloat16")
-    >>> row, span = shape((1, 64), "int32"), shape((1, 2, 1), "int32")
+    >>> row, span = shape((1, 64), "int32"), shape((1, 4, 1), "int32")
     >>> run = functools.partial(best, count=3)
     >>> jax.eval_shape(run, q, q, row, row, span).shape
     (1, 2, 3, 64)
@@ -62,6 +105,8 @@ def best(q, centroids, first, last, span, *, count):
   tiles, tile = t // ROWS, (ROWS, TILE)
   places = -(-count // 8) * 8
   kept = (ROWS, places)
+  # Long lists want more columns than places, or the level is far below them.
+  parts = 1 if count <= TILE // 4 else 2
   layout = plgpu.Layout.WGMMA
   iota = functools.partial(plgpu.broadcasted_iota, layout=layout)
 
@@ -73,15 +118,19 @@ def best(q, centroids, first, last, span, *, count):
     batch, head = div(rem(item, b * n), n), rem(item, n)
     kv_head = div(head, n // heads)
     which = 0 if span.shape[0] == 1 else batch
-    low, high = span[which, 0, row], span[which, 1, row]
+    low, high, inner_low, inner_high = (span[which, i, row] for i in range(4))
     queries = pl.ds(row * ROWS, ROWS)
     low = div(low, TILE)
     total = div(high + TILE - 1, TILE) - low
     total = jnp.maximum(total, 0)
 
+    def base_of(i):
+      """The first block of a step's tile; both walks have `total` steps."""
+      i = jnp.where(i < total, i, i - total)
+      return (low + total - 1 - i) * TILE
+
     def fetch(i):
-      slot = rem(i, STAGES)
-      keys = pl.ds((low + total - 1 - i) * TILE, TILE)
+      slot, keys = rem(i, STAGES), pl.ds(base_of(i), TILE)
       plgpu.copy_gmem_to_smem(
         k_ref.at[batch, keys, kv_head], k_smem2.at[slot], k_full.at[slot]
       )
@@ -91,53 +140,98 @@ def best(q, centroids, first, last, span, *, count):
 
     def bound(ref):
       at = 0 if ref.shape[0] == 1 else batch
-      x = plgpu.load(
+      return plgpu.load(
         ref.at[at, queries], layout=layout.reduce(1), optimized=False
       )
-      return spread(x, tile, 0)
 
     first, last = bound(first_ref), bound(last_ref)
     plgpu.barrier_wait(q_full)
 
-    def step(i, carry):
-      pl.when(i + 1 < total)(lambda: fetch(i + 1))
-      slot = rem(i, STAGES)
+    def scores(i):
+      """Those of a step; -inf where a row may not choose."""
+      pl.when(i + 1 < 2 * total)(lambda: fetch(i + 1))
+      slot, base = rem(i, STAGES), base_of(i)
       plgpu.barrier_wait(k_full.at[slot])
       k_smem = k_smem2.at[slot]
       x = product(
         tile, lambda acc: wgmma(acc, q_smem, k_smem.transpose((1, 0)))
       )
-      block = iota(jnp.int32, tile, 1) + (low + total - 1 - i) * TILE
-      x = jnp.where((block >= first) & (block < last), x, -jnp.inf)
-      index = block.astype(jnp.float32)
+
+      def masked(x):
+        block = iota(jnp.int32, tile, 1)
+        able = block >= spread(first - base, tile, 0)
+        able = able & (block < spread(last - base, tile, 0))
+        return jnp.where(able, x, -jnp.inf)
+
+      whole = (base >= inner_low) & (base + TILE <= inner_high)
+      return lax.cond(whole, lambda x: x, masked, x)
+
+    def climb(i, tops):
+      return (*tops[1:], jnp.maximum(tops[0], scores(i)))
+
+    tops = lax.fori_loop(0, total, climb, (filled(tile, -jnp.inf),) * parts)
+
+    def reach(level):
+      """How many columns of a row reach a level of its own."""
+      level, found = spread(level, tile, 0), filled(tile, 0.0)
+      for x in tops:
+        found = found + jnp.where(x >= level, 1.0, 0.0)
+      return found.sum(axis=1)
+
+    def merge(xs):
+      return functools.reduce(jnp.maximum, xs).max(axis=1)
+
+    # Columns without a block are -inf. If there are any, each block has one of
+    # its own, and all of them reach the least.
+    level = -merge([jnp.where(x == -jnp.inf, -jnp.inf, -x) for x in tops])
+
+    def halve(_, carry):
+      level, above = carry
+      middle = 0.5 * level + 0.5 * above
+      enough = reach(middle) >= count
+      return jnp.where(enough, middle, level), jnp.where(enough, above, middle)
+
+    level, _ = lax.fori_loop(0, HALVINGS, halve, (level, merge(tops)))
+    # Just below, for what equals the level may be chosen.
+    level = jnp.minimum(level, _LARGE)
+    level = level - jnp.maximum(level, -level) * 2.0**-20 - 1e-37
+
+    column = iota(jnp.int32, tile, 1).astype(jnp.float32)
+
+    def step(i, carry):
+      x, base = scores(total + i), base_of(i).astype(jnp.float32)
 
       def round_of(_, carry):
         x, score, found = carry
         top = x.max(axis=1)
-        hit = jnp.where(x == spread(top, tile, 0), index, _NEVER)
+        hit = jnp.where(x == spread(top, tile, 0), column, _NEVER)
         newest = hit.max(axis=1)
-        x = jnp.where(index == spread(newest, tile, 0), -jnp.inf, x)
-        least = -(-score).max(axis=1)
+        x = jnp.where(column == spread(newest, tile, 0), -jnp.inf, x)
+        least = score.max(axis=1)
         # Of equal scores the older block goes.
-        oldest = jnp.where(score == spread(least, kept, 0), -found, _NEVER)
-        oldest = -oldest.max(axis=1)
-        top = jnp.where(top > least, top, -jnp.inf)
-        better = spread(top, kept, 0) > score
-        here = better & (found == spread(oldest, kept, 0))
-        score = jnp.where(here, spread(top, kept, 0), score)
-        found = jnp.where(here, spread(newest, kept, 0), found)
+        oldest = jnp.where(score == spread(least, kept, 0), found, _NEVER)
+        # No place is `_NEVER`: one that is not better takes none.
+        oldest = jnp.where(top > -least, oldest.max(axis=1), _NEVER)
+        here = found == spread(oldest, kept, 0)
+        score = jnp.where(here, spread(-top, kept, 0), score)
+        found = jnp.where(here, spread(-newest - base, kept, 0), found)
         return x, score, found
 
-      _, *carry = lax.fori_loop(0, min(count, TILE), round_of, (x, *carry))
+      # The scores above a list's least bound the rounds that change it.
+      least = -carry[0].max(axis=1)
+      above = jnp.where(x > spread(least, tile, 0), 1.0, 0.0).sum(axis=1)
+      rounds = jnp.minimum(above.max().astype(jnp.int32), min(count, TILE))
+      _, *carry = lax.fori_loop(0, rounds, round_of, (x, *carry))
       return tuple(carry)
 
-    # Empty places are told apart; those past `count` are never let go.
+    # Negated, both, so that a largest one is the least and the oldest. Empty
+    # places are told apart; those past `count` are never let go.
     place = iota(jnp.int32, kept, 1)
-    score = jnp.where(place < count, filled(kept, -jnp.inf), jnp.inf)
-    found = -1.0 - place.astype(jnp.float32)
+    score = jnp.where(place < count, spread(-level, kept, 0), -jnp.inf)
+    found = 1.0 + place.astype(jnp.float32)
     _, found = lax.fori_loop(0, total, step, (score, found))
     for c in range(count):
-      here = jnp.where(place == c, found, _NEVER)
+      here = jnp.where(place == c, -found, _NEVER)
       o_smem.at[c][...] = here.max(axis=1)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(o_smem, o_ref.at[batch, head, :, queries])

@@ -13,7 +13,7 @@ if not has_mosaic():
 from isthmus.pallas.moba import mosaic
 from isthmus.pallas.moba.api import Extras, Options
 from isthmus.pallas.moba.layout import packed, uniform
-from isthmus.pallas.moba.mosaic_select import MOST
+from isthmus.pallas.moba.mosaic_select import MOST, spans
 from isthmus.pallas.moba.pool import pool
 from isthmus.pallas.moba.ref import choose_plainly
 from tests.attention.oracle import inputs
@@ -26,6 +26,11 @@ def check(shape, block, top_k, causal=True, ids=None, levels=2):
   b, t, n, k, d = shape
   q, key, *_ = inputs(b, t, t, n, k, d, dtype=jnp.bfloat16)
   q, key = (jnp.round(levels * x) / levels for x in (q, key))
+  return equals_the_sort(q, key, block, top_k, causal, ids)
+
+
+def equals_the_sort(q, key, block, top_k, causal=True, ids=None):
+  t = q.shape[1]
   if ids is None:
     layout = uniform(t, t, block=block, causal=causal)
   else:
@@ -44,6 +49,19 @@ def check(shape, block, top_k, causal=True, ids=None, levels=2):
   return q, centroids, layout
 
 
+def check_orders(t, block, top_k, ids=None):
+  """Heads whose scores rise, fall, and are equal; a tile that is all better."""
+  j = jnp.arange(t) // block
+  zero = jnp.zeros_like(j)
+  # j to base 128, whose digits are exact.
+  digits = jnp.stack([j % 128, j // 128, *[zero] * 62], axis=-1)
+  key = jnp.stack([digits, digits[::-1], 0 * digits + 1], axis=1)
+  weights = jnp.zeros(64).at[:2].set(jnp.array([1, 128.0]))
+  q = jnp.broadcast_to(weights, (1, t, 3, 64))
+  q, key = (x.astype(jnp.bfloat16) for x in (q, key[None]))
+  equals_the_sort(q, key, block, top_k, ids=ids)
+
+
 IDS = jnp.asarray(np.repeat([0, 1, 0], [70, 11, 69])[None], jnp.int32)
 
 
@@ -58,6 +76,33 @@ def test_equal_scores_and_segments():
     q, centroids, _ = check((1, 150, 1, 1, 64), 4, 4, ids=IDS, levels=0.5)
   scores = jnp.einsum("btnd,bgkd->btg", q, centroids)
   assert len(np.unique(scores)) < 0.2 * scores.size
+
+
+@pytest.mark.parametrize("top_k, cut", [(4, 0), (20, 40)])
+def test_any_order_of_scores(top_k, cut):
+  """Three tiles of centroids; a segment begins within one, or none does."""
+  ids = np.repeat([0, 1], [cut, 190 - cut])[None]
+  with interpreted():
+    check_orders(190, 1, top_k, jnp.asarray(ids, jnp.int32) if cut else None)
+
+
+def test_what_queries_of_a_tile_may_choose():
+  """Tiles with a query that may choose none, of one segment, and padded."""
+  first = np.repeat([[0, 5], [0, 0]], [64, 66], axis=1)
+  last = np.repeat([[4, 9], [7, 7]], [64, 66], axis=1)
+  first[0, 3], last[0, 3] = 6, 6
+  found = spans(jnp.asarray(first), jnp.asarray(last), 20)
+  assert found.tolist() == [
+    [[0, 5, 5], [4, 9, 9], [6, 5, 20], [4, 9, 0]],
+    [[0, 0, 0], [7, 7, 7], [0, 0, 20], [7, 7, 0]],
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [2, 30])
+def test_segments_and_lists(top_k):
+  with interpreted():
+    check((1, 150, 1, 1, 64), 2, top_k, ids=IDS, levels=0.5)
 
 
 @pytest.mark.slow
@@ -81,3 +126,30 @@ def test_grid_on_gpu(shape, d, block, top_k):
   b, n, t = shape
   check((b, t, n, n, d), block, top_k)
   check((b, t, n, n // 2, d), block, top_k, causal=False)
+
+
+# Lists of 1, 8, 32 and 64 places.
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [2, 9, 33, 65])
+def test_lists_on_gpu(top_k):
+  """Short rows and long ones, equal scores, segments, any order."""
+  check((2, 70, 4, 2, 64), 1, top_k)
+  check((1, 4096, 4, 2, 128), 2, top_k, levels=8)
+  check((1, 4096, 4, 2, 128), 4, top_k, levels=0.5)
+  check((2, 2048, 4, 2, 64), 1, top_k, causal=False)
+  check_orders(1500, 1, top_k)
+  ids = np.repeat([0, 1, 0], [700, 111, 690])[None]
+  ids = jnp.asarray(ids, jnp.int32)
+  check((1, 1501, 4, 2, 64), 2, top_k, ids=ids)
+  check((1, 1501, 4, 2, 64), 2, top_k, ids=ids, levels=0.5)
+  check_orders(1501, 1, top_k, ids)
+
+
+@pytest.mark.gpu
+def test_the_same_lists_each_time_on_gpu():
+  q, key, *_ = inputs(1, 8192, 8192, 4, 2, 128, dtype=jnp.bfloat16)
+  options, layout = Options(block=16, top_k=32), uniform(8192, 8192, block=16)
+  choose = jax.jit(mosaic._choose, static_argnums=0)
+  first, *more = (choose(options, q, key, Extras(layout)) for _ in range(4))
+  for x in more:
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(x))
