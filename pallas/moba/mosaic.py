@@ -224,7 +224,7 @@ def _walk_back(options, residuals, cotangents):
   stats = jnp.stack([jnp.swapaxes(lse, 1, 2) * _LOG2E, delta], axis=-1)
   flat_q, flat_do, stats = (x.reshape(-1, x.shape[3]) for x in (q, do, stats))
 
-  def some(lane, places, k, v, bounds):
+  def some(lane, places, k, v, bounds, at):
     k, v = blocks.cut(k, bounds), blocks.cut(v, bounds)
     lists = block_tiles(places, ROWS, k.shape[2])
     index = parts.flat(lane, places.row)
@@ -234,12 +234,12 @@ def _walk_back(options, residuals, cotangents):
     lse = jnp.where(places.limit > 0, lse, jnp.inf)
     dq, dk, dv = backward(q, do, k, v, lse, delta, lists, scale=options.scale)
     dq = summed(dq, places.place, places.real) * options.scale
-    dk, dv = blocks.joined(dk, bounds), blocks.joined(dv, bounds)
+    dk, dv = blocks.joined(dk, at), blocks.joined(dv, at)
     return dq.astype(q.dtype), dk, dv
 
   keys, values = blocks.keys(k), blocks.keys(v)
   lane = jnp.arange(len(keys), dtype=jnp.int32)
-  args = (lane, places, keys, values, blocks.bounds)
+  args = (lane, places, keys, values, blocks.bounds, blocks.keys_at())
   dq, dk, dv = _groups(some, args, _cost(places, q))
   return parts.back(dq[None]), blocks.back(dk), blocks.back(dv)
 
@@ -319,21 +319,23 @@ class _Blocks:
     index = jnp.where(there, index, self.s).reshape(x.shape[0], -1)
     return taken(x, index).reshape(x.shape[0], -1, self.size, x.shape[2])
 
-  def joined(self, x, bounds):
-    """[l g w d] -> [l s d] of lanes, 0 for a key of no block."""
-    lanes, g, _, d = x.shape
-    x = x.reshape(lanes, -1, d)
-    if self.aligned:
-      return x[:, : self.s]
-    start, stop, _ = bounds
+  def keys_at(self):
+    """int32 [l s], where each key is in the blocks of its lane, laid flat."""
+    start, stop, _ = self.bounds
     key = jnp.arange(self.s, dtype=jnp.int32)
-    find = functools.partial(
-      jnp.searchsorted, side="right", method="scan_unrolled"
-    )
+    if self.aligned:
+      return jnp.broadcast_to(key, (start.shape[0], self.s))
+    find = functools.partial(jnp.searchsorted, side="right")
     block = jax.vmap(find, in_axes=(0, None))(stop, key)
     first = jnp.take_along_axis(start, block, axis=1, mode="clip")
+    g = start.shape[1]
     index = block * self.size + key - first
-    return taken(x, jnp.where(block < g, index, x.shape[1]))
+    return jnp.where(block < g, index, g * self.size)
+
+  def joined(self, x, at):
+    """[l g w d] -> [l s d] of lanes, 0 for a key of no block."""
+    x = x.reshape(x.shape[0], -1, x.shape[3])
+    return x[:, : self.s] if self.aligned else taken(x, at)
 
   def back(self, x):
     """[l s d] of all lanes -> [b s k d]."""

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
-# Slots whose parts are added up in one go.
-_SOME = 8
+# Slots whose parts are added up in one go. Each further go reads and writes
+# the sums so far, which are as wide as two parts.
+_SOME = 32
 
 
 def take(

@@ -169,6 +169,17 @@ def test_lanes_come_in_groups(monkeypatch):
 
 
 @needs_mosaic
+def test_short_blocks_are_cut_for_a_few_lanes_at_a_time(monkeypatch):
+  """With what a piece lacks they would be twice the keys of all lanes."""
+  monkeypatch.setattr(mosaic, "LIMIT", 1)
+  t, heads, size = 1000, 4, mosaic.KEYS[0]
+  text, _ = program(shapes(1, t, heads, heads, 64), Options(size // 2, 3))
+  blocks = -(-t // (size // 2))
+  assert f"tensor<1x{blocks}x{size}x64xbf16>" in text
+  assert f"tensor<{heads}x{blocks}x{size}x64xbf16>" not in text
+
+
+@needs_mosaic
 @pytest.mark.parametrize(
   "how, said",
   [
