@@ -11,8 +11,9 @@ Reproduced: the optimiser: both moments as codes of a dynamic map with a scale
   `--set optimizer.scale.second=plain` is the published scheme. `ablation`: the
   paper's, from 32 bits to linear codes with one scale a tensor, then a dynamic
   map, blocks of 2048, a stable embedding, and the root, each with what came
-  before; three learning rates, three seeds, by the same decoder. `speed`: one
-  step of 252M and 992M parameters beside optax.adamw's, and torchao's.
+  before, and 32 bits with a stable embedding; three learning rates, three
+  seeds, by the same decoder. `speed`: one step of 252M and 992M parameters
+  beside optax.adamw's, and torchao's.
 Simplified: a decoder of bytes for the paper's of words; betas 0.9 and 0.95, and
   clipping, in every run. Before the stable embedding the table has codes too.
 Command: python -m train.main --config adam8bit
@@ -52,7 +53,8 @@ from isthmus.train.tasks.lm import NextToken
 RULES = ((r"(attn|mlp)/\w+/kernel$", P("fsdp", None)),)
 # One scale a tensor, whatever its size.
 WHOLE = 2**30
-# Each scheme is the one before with one thing changed; None is 32 bits.
+# Each scheme is the one before with one thing changed; None is 32 bits. The
+# last is the first with a stable embedding, to tell its part.
 _TENSOR = {"flat": True, "block": WHOLE, "whole": None}
 _BLOCKS = {"flat": True, "block": 2048, "whole": None}
 _STABLE = {"flat": True, "block": 2048}
@@ -63,7 +65,9 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
   "blocks": {"second": "plain", "codes": _BLOCKS},
   "stable": {"second": "plain", "codes": _STABLE},
   "root": {"second": "sqrt", "codes": _STABLE},
+  "adam32-stable": None,
 }
+_WITH_STABLE = ("stable", "root", "adam32-stable")
 # Nats a byte: what held-out source has by the frequencies of its bytes alone.
 FREQUENCIES = 3.15
 # Nats a byte that a run may end above the best it was evaluated at.
@@ -275,7 +279,7 @@ def grid(
         vocab_size=257,
         dtype=dtype,
         scan=False,
-        stable_embedding=scheme in ("stable", "root"),
+        stable_embedding=scheme in _WITH_STABLE,
         **sizes,
       ),
       task=NextToken(segments=False),
