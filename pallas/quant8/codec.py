@@ -7,12 +7,17 @@ m as a float, and `i` comes of its exponent. What the formula gives is the
 table to the last bit; gathers are slow or missing where kernels run.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from isthmus.pallas.quant8.maps import DECADES, Map
+from isthmus.pallas.quant8.maps import DECADES, Map, table
+
+#: Added to a number, it rounds it to a whole one, see `_near`.
+_WHOLE = 1.5 * 2**23
 
 
 def decode(code: Int32[Array, "..."], which: Map) -> Float32[Array, "..."]:
@@ -56,8 +61,10 @@ def encode(
     ([0, 0], [0, 1])
   """
   size = jnp.abs(y) if which.signed else y
+  if not exact:
+    return _near(y, size, which)
   below = (y < 0) if which.signed else None
-  rank = (_nearest if exact else _near)(size, below, which)
+  rank = _nearest(size, below, which)
   if which.zero_free:
     rank = jnp.where((size > 0) & (rank == 0), 1, rank)
   if below is not None:
@@ -90,8 +97,8 @@ def _value(rank, which: Map):
 
 def _nearest(size, below, which: Map):
   """By the midpoint of the two neighbours there may be."""
-  upper = _whole(_position(size, which)[0] + 0.5) - _shift(which)
-  upper = jnp.clip(upper, 1, _last(which))
+  place = jnp.where(size > 0, _place(size, size, which), 0.0)
+  upper = jnp.clip((place + 1.0).astype(jnp.int32), 1, _last(which))
   middle = (_value(upper - 1, which) + _value(upper, which)) * 0.5
   past = size > middle
   if below is not None:
@@ -99,35 +106,67 @@ def _nearest(size, below, which: Map):
   return jnp.where(past, upper, upper - 1)
 
 
-def _near(size, below, which: Map):
-  """By the place in the decade, without a second look."""
-  del below
-  position, first = _position(size, which)
-  last = _last(which)
-  if which.kind == "linear":
-    return jnp.clip(_whole(position), 0, last)
-  # The first value of a decade is nearer than the last one of the decade below
-  # from a fifth of its part on.
-  early = jnp.where(position < first + 0.2, 1, 0)
-  rank = jnp.clip(_whole(position) - early - _shift(which), 1, last - 1)
-  smallest, parts = (5.5, 64) if which.signed else (3.25, 128)
-  rank = jnp.where(size > 1 - 0.225 / parts, last, rank)
-  return jnp.where(size > smallest / 2 * 10.0**-DECADES, rank, 0)
+def _near(y, size, which: Map):
+  """By the place alone, rounded: the code, not the rank."""
+  place = _place(size, y, which)
+  if which.signed:
+    # Places are positive: the sign is a bit to set.
+    sign = lax.bitcast_convert_type(y, jnp.int32) & ~0x7FFFFFFF
+    place = lax.bitcast_convert_type(
+      lax.bitcast_convert_type(place, jnp.int32) | sign, jnp.float32
+    )
+  # At this magnitude, floats are whole and their bits count them.
+  code = lax.bitcast_convert_type(place + _WHOLE, jnp.int32)
+  code = code - (np.float32(_WHOLE).view(np.int32) - which.zero)
+  return jnp.where(size > 0, code, which.zero)
 
 
-def _position(size, which: Map):
-  """Where size lies among ranks plus `_shift`; the start of its decade.
+def _place(size, y, which: Map):
+  """What rounds to the rank: r - 0.5 at the midpoint below rank r.
 
-  The midpoint below a rank lies at the rank; at decades' starts, near it.
+  Between, it is the least of straight lines, for midpoints lie ever farther
+  apart as they rise, but for that below 1, which is reached from below by y.
   """
+  (slope, start), *lines = _lines(which)
+  place = size * slope + start
+  for slope, start in lines:
+    place = jnp.minimum(place, size * slope + start)
   if which.kind == "linear":
-    return size * _last(which) + 0.5, 0.0
-  first = [2.0**i for i in _exponents(which)]
-  slope = [x * 10.0 ** (DECADES - i) / 9 for i, x in enumerate(first)]
-  edges = [10.0 ** (i - DECADES) for i in range(DECADES)]
-  slope = _by_decade(size, edges, slope)
-  first = _by_decade(size, edges, first)
-  return size * slope + first * (8 / 9), first
+    return jnp.maximum(place, 0.75) if which.zero_free else place
+  last = _last(which)
+  if which.signed:
+    place = jnp.minimum(place, last - 0.75)  # -1 reads as the value above it
+  # Steep enough to be the greatest there only, and below last + 0.5 at 1.
+  slope, at = 1.5 * last, _midpoints(which)[-1]
+  return jnp.maximum(place, y * slope + (last - 0.5 - at * slope))
+
+
+@functools.cache
+def _lines(which: Map) -> list[tuple[float, float]]:
+  """Slopes and starts of lines through midpoints, each through two or more."""
+  if which.kind == "linear":
+    return [(float(_last(which)), 0.0)]
+  points = [(x, r + 0.5) for r, x in enumerate(_midpoints(which)[:-1])]
+  if which.zero_free:
+    points[0] = 0.0, 0.75
+  lines, i = [], 0
+  while i < len(points):
+    (x0, y0), (x1, y1) = points[i : i + 2]
+    slope = (y1 - y0) / (x1 - x0)
+    start = y0 - x0 * slope
+    lines.append((slope, start))
+    while (
+      i < len(points)
+      and abs(points[i][0] * slope + start - points[i][1]) < 1e-4
+    ):
+      i += 1
+  return lines
+
+
+def _midpoints(which: Map) -> list[float]:
+  """Of the values from 0 on."""
+  values = table(which)[which.zero : which.top + 1].astype(np.float64)
+  return ((values[1:] + values[:-1]) / 2).tolist()
 
 
 def _last(which: Map) -> int:
@@ -151,11 +190,6 @@ def _by_decade(x, starts, values):
   for start, value in zip(starts[1:], values[1:], strict=True):
     found = jnp.where(x >= start, value, found)
   return found
-
-
-def _whole(x):
-  """The whole part of a number that isn't negative, as int32; NaN is 0."""
-  return jnp.where(x == x, x, 0.0).astype(jnp.int32)
 
 
 def _split(x: float) -> tuple[float, float]:

@@ -4,27 +4,30 @@ A warp takes a block, a lane a few numbers of it that lie side by side: it
 reads codes, gradients and parameters, brings the moments up to date, takes
 the step, finds the block's largest magnitudes by shuffles, and writes codes
 and parameters where it read them, each once: of donated ones nothing is
-copied. There is no table: gathers from registers don't
-exist, and codes are found by arithmetic, see `isthmus.pallas.quant8.codec`,
-by the quick encoder, so that a number as near to one value as to the next may
-take another code than in XLA.
+copied. A step is a matter of bytes only while each number takes few
+instructions: codes are looked up in a table that stays in the cache, and found
+by the quick encoder, see `isthmus.pallas.quant8.codec`, so that a number as
+near to one value as to the next may take another code than in XLA.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from isthmus.pallas.compat import interpreting
 from isthmus.pallas.hopper import refuse_machine
-from isthmus.pallas.quant8.api import QTensor, values
-from isthmus.pallas.quant8.codec import encode
+from isthmus.pallas.quant8.api import QTensor
+from isthmus.pallas.quant8.codec import decode, encode
 from isthmus.pallas.quant8.lines import (
   line_by_line,
   refuse_lines,
   with_parts,
 )
-from isthmus.pallas.quant8.ref import Rates, direction, moved
+from isthmus.pallas.quant8.maps import Map, table
+from isthmus.pallas.quant8.ref import Move, Rates, moved
 
 #: Blocks that the kernel is compiled for; of longer ones, a lane's numbers
 #: don't fit its registers.
@@ -33,6 +36,8 @@ BLOCKS = (128, 256, 512, 1024)
 TILE = 2048
 #: Numbers that a thread reads at once.
 WORD = 4
+#: Whether codes are looked up, or read by arithmetic.
+LOOKUP = True
 
 
 def adam(
@@ -58,7 +63,9 @@ def adam(
   block, rows = m.block, _rows(m.block)
   lines = g.size // block
   layout = _layout(plgpu)
-  numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in rates])
+  factors = jnp.stack([jnp.asarray(x, jnp.float32) for x in _factors(rates)])
+  tables = [jnp.asarray(_values(table(q.map), q.map)) for q in (m, v)]
+  read, inverse = _functions(plgpu, (rows, block), layout)
 
   # Written where they are read: the moments and, if given, the parameters.
   held = [line_by_line(m.codes, block), m.absmax.reshape(lines)]
@@ -66,10 +73,11 @@ def adam(
   held += [] if p is None else [line_by_line(p, block)]
   refs = [jax.new_ref(x) for x in held]
 
-  def body(numbers_ref: Any, g_ref: Any, *refs: Any):
+  def body(
+    factors_ref: Any, m_table: Any, v_table: Any, g_ref: Any, *refs: Any
+  ):
     m_ref, ma_ref, v_ref, va_ref, out_ref = refs  # the last is of p, or of u
     at = pl.ds(jax.lax.axis_index("item") * rows, rows)
-    rates = Rates(*(numbers_ref[i] for i in range(len(Rates._fields))))
 
     def load(ref: Any, layout: Any):
       return plgpu.load(ref.at[at], layout=layout, optimized=False)
@@ -77,25 +85,30 @@ def adam(
     def wide(scale: Any):
       return jax.lax.broadcast_in_dim(scale, (rows, block), [0])
 
-    def moment(codes_ref: Any, scale_ref: Any, map: Any):
-      codes = load(codes_ref, layout).astype(jnp.int32)
-      return values(codes, wide(load(scale_ref, layout.reduce(1))), map)
+    # All that comes from afar is asked for before any of it is needed.
+    g, m_codes, v_codes = (load(x, layout) for x in (g_ref, m_ref, v_ref))
+    m_scale, v_scale = (load(x, layout.reduce(1)) for x in (ma_ref, va_ref))
+    old = None if p is None else load(out_ref, layout)
+    by = Factors(*(factors_ref[i] for i in range(len(Factors._fields))))
+    _hold(plgpu)
 
-    grad = load(g_ref, layout).astype(jnp.float32)
-    u, m1, v1 = direction(
-      grad, moment(m_ref, ma_ref, m.map), moment(v_ref, va_ref, v.map), rates
-    )
-    if p is not None:
-      u = moved(load(out_ref, layout), u, rates)
+    g = g.astype(jnp.float32)
+    m1 = read(m_codes, m_table, m.map) * wide(by.m * m_scale) + by.g * g
+    v_scale = by.v * (jnp.square(v_scale) if v.map.root else v_scale)
+    v1 = read(v_codes, v_table, v.map) * wide(v_scale) + by.square * g * g
+    root = jnp.sqrt(v1)
+    u = m1 * inverse(by.root * root + by.eps)
+    if old is not None:
+      u = moved(old, u, Move(by.learning_rate, by.weight_decay))
     out_ref[at] = u
     for x, map, codes_ref, scale_ref in (
       (m1, m.map, m_ref, ma_ref),
-      (v1, v.map, v_ref, va_ref),
+      (root if v.map.root else v1, v.map, v_ref, va_ref),
     ):
-      x = jnp.sqrt(x) if map.root else x
       scale = (jnp.abs(x) if map.signed else x).max(axis=1)
-      inverse = 1 / jnp.where(scale > 0, scale, 1.0)
-      codes = encode(x * wide(inverse), map, exact=False)
+      # Its square is the inverse; a division is a call.
+      part = jax.lax.rsqrt(jnp.where(scale > 0, scale, 1.0))
+      codes = encode(x * wide(part * part), map, exact=False)
       codes_ref[at] = codes.astype(jnp.uint8)
       scale_ref[at] = scale
 
@@ -109,9 +122,11 @@ def adam(
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+      # Warps don't wait for each other: what one writes, it alone has read.
+      unsafe_no_auto_barriers=True,
     ),
   )
-  outs = kernel(numbers, line_by_line(g, block), *refs)
+  outs = kernel(factors, *tables, line_by_line(g, block), *refs)
   m1, ma, v1, va, *rest = (jax.freeze(x) for x in refs)
   out = (*rest, *outs)[0]
   return out.reshape(g.shape), with_parts(m, m1, ma), with_parts(v, v1, va)
@@ -145,6 +160,44 @@ def refuse(
   return None
 
 
+class Factors(NamedTuple):
+  """`Rates` as the kernel multiplies by them, so that it does so less often.
+
+  Attributes:
+    m, v: of the old moments.
+    g, square: of the gradient and its square in the new ones.
+    root, eps: of the second moment's root, and what is added: the new first
+      moment over the sum is the direction.
+    learning_rate, weight_decay: of `Rates`.
+
+  Example:
+    >>> Factors._fields[:2]
+    ('m', 'v')
+  """
+
+  m: Any
+  v: Any
+  g: Any
+  square: Any
+  root: Any
+  eps: Any
+  learning_rate: Any
+  weight_decay: Any
+
+
+def _factors(rates: Rates) -> Factors:
+  return Factors(
+    rates.b1,
+    rates.b2,
+    (1 - rates.b1) * rates.clip,
+    (1 - rates.b2) * jnp.square(rates.clip),
+    rates.scale2 / rates.scale1,
+    rates.eps / rates.scale1,
+    rates.learning_rate,
+    rates.weight_decay,
+  )
+
+
 def _rows(block: int) -> int:
   """Blocks of a warpgroup."""
   return max(TILE // block, 4)
@@ -157,4 +210,87 @@ def _layout(plgpu: Any) -> Any:
     warp_dims=(-3,),
     lane_dims=(-2,),
     vector_dim=-1,
+  )
+
+
+def _values(x: Any, map: Map) -> Any:
+  """What values of a map stand for, before the scale."""
+  return x * x if map.root else x
+
+
+def _hold(plgpu: Any) -> None:
+  """Keeps compilers from moving loads down to where they are needed."""
+  if interpreting():
+    return
+
+  @plgpu.inline_mgpu()
+  def barrier(ctx: Any):
+    from jax.experimental.mosaic.gpu import utils
+
+    del ctx
+    utils.warp_barrier()
+
+  barrier()
+
+
+def _functions(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
+  """(codes, table, map) -> values; x -> 1 / x; as one instruction each."""
+  import jax.experimental.mosaic.gpu as mgpu
+
+  def read(codes: Any, table: Any, map: Any):
+    del table
+    return _values(decode(codes.astype(jnp.int32), map), map)
+
+  if interpreting():
+    return read, jnp.reciprocal
+  wide = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+
+  def mapped(x: Any, f: Any):
+    registers = np.empty(x.registers.shape, object)
+    for at, register in np.ndenumerate(x.registers):
+      registers[at] = _each(register, f)
+    return mgpu.FragmentedArray(
+      _registers=registers, _layout=x.layout, _is_signed=None
+    )
+
+  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=wide)
+  def looked_up(ctx: Any, codes: Any, table: Any):
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, memref
+
+    del ctx
+    index = ir.IndexType.get()
+    return mapped(
+      codes, lambda x: memref.load(table, [arith.index_castui(index, x)])
+    )
+
+  @plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)
+  def inverse(ctx: Any, x: Any):
+    from jaxlib.mlir.dialects import llvm
+
+    del ctx
+    return mapped(
+      x,
+      lambda x: llvm.inline_asm(
+        x.type, [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f"
+      ),
+    )
+
+  if LOOKUP:
+    return lambda codes, table, map: looked_up(codes, table), inverse
+  return read, inverse
+
+
+def _each(register: Any, f: Any) -> Any:
+  """A register of float32: f of each number of a register."""
+  from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import vector
+
+  (count,) = ir.VectorType(register.type).shape
+  numbers = [
+    f(vector.extract(register, dynamic_position=[], static_position=[i]))
+    for i in range(count)
+  ]
+  return vector.from_elements(
+    ir.VectorType.get((count,), ir.F32Type.get()), numbers
   )

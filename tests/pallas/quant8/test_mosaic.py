@@ -96,6 +96,18 @@ def test_equals_the_reference_on_gpu(name):
   assert equals_the_reference(case(**CASES[name]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["roots", "plain", "linear"])
+def test_codes_looked_up_are_those_of_arithmetic(name, monkeypatch):
+  args = case(**CASES[name])
+  found = []
+  for how in (True, False):
+    monkeypatch.setattr(mosaic, "LOOKUP", how)
+    found.append(jax.jit(lambda *x: mosaic.adam(*x))(*args))
+  for x, y in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
 @needs_mosaic
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_in_the_cuda_program_once(name):
