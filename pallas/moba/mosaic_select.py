@@ -119,10 +119,12 @@ def best(q, centroids, first, last, span, *, count):
     kv_head = div(head, n // heads)
     which = 0 if span.shape[0] == 1 else batch
     low, high, inner_low, inner_high = (span[which, i, row] for i in range(4))
-    queries = pl.ds(row * ROWS, ROWS)
+    queries, few = pl.ds(row * ROWS, ROWS), high - low <= count
     low = div(low, TILE)
     total = div(high + TILE - 1, TILE) - low
     total = jnp.maximum(total, 0)
+    # Who may choose no more than that takes all of them, without a walk.
+    total = jnp.where(few, 0, total)
 
     def base_of(i):
       """The first block of a step's tile; both walks have `total` steps."""
@@ -182,7 +184,7 @@ def best(q, centroids, first, last, span, *, count):
       return functools.reduce(jnp.maximum, xs).max(axis=1)
 
     # Columns without a block are -inf. If there are any, each block has one of
-    # its own, and all of them reach the least.
+    # its own: more than `count` reach the least, or the row takes all blocks.
     level = -merge([jnp.where(x == -jnp.inf, -jnp.inf, -x) for x in tops])
 
     def halve(_, carry):
@@ -195,6 +197,8 @@ def best(q, centroids, first, last, span, *, count):
     # Just below, for what equals the level may be chosen.
     level = jnp.minimum(level, _LARGE)
     level = level - jnp.maximum(level, -level) * 2.0**-20 - 1e-37
+    every = last - first <= count
+    level = jnp.where(every, jnp.inf, level)
 
     column = iota(jnp.int32, tile, 1).astype(jnp.float32)
 
@@ -231,8 +235,10 @@ def best(q, centroids, first, last, span, *, count):
     found = 1.0 + place.astype(jnp.float32)
     _, found = lax.fori_loop(0, total, step, (score, found))
     for c in range(count):
-      here = jnp.where(place == c, -found, _NEVER)
-      o_smem.at[c][...] = here.max(axis=1)
+      here = jnp.where(place == c, -found, _NEVER).max(axis=1)
+      newest = last - (1 + c)
+      newest = jnp.where(newest >= first, newest, -1).astype(jnp.float32)
+      o_smem.at[c][...] = jnp.where(every, newest, here)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(o_smem, o_ref.at[batch, head, :, queries])
     plgpu.wait_smem_to_gmem(0)
