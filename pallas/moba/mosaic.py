@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int32
 from isthmus.pallas.flash.ref import LSE, OUT
 from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.moba.api import Extras, Options
+from isthmus.pallas.moba.keys import Blocks, pieces
 from isthmus.pallas.moba.layout import BlockLayout
-from isthmus.pallas.moba.parts import merged, summed, taken
+from isthmus.pallas.moba.parts import merged, summed
 from isthmus.pallas.moba.places import Places, arrange, block_tiles, split
 from isthmus.pallas.moba.pool import pool
 from isthmus.pallas.moba.rows import chunks
@@ -27,10 +28,10 @@ from isthmus.pallas.moba.select import choose
 
 #: Bytes of the rows of a group of lanes, in places.
 LIMIT = 2**30
+#: Bytes of the choices of a lane, as rows, beyond which its queries take turns.
+TURN = 2**31
 #: Rows of a tile; `tile.ROWS`, which can't be imported without Mosaic GPU.
 ROWS = 64
-#: Keys of a block that the kernels are compiled for. Larger ones are split.
-KEYS = (64, 128)
 #: The widths that they are compiled for; others are padded with zeros.
 WIDTHS = (64, 128)
 
@@ -173,17 +174,20 @@ def _choose(options, q, k, extras) -> Int32[Array, "b n t c"]:
 @functools.partial(jax.jit, static_argnums=0)
 def _arrange(options, q, k, layout: BlockLayout, choice) -> Places:
   """The places of all lanes; those of a lane may be sorted apart."""
-  (b, t, n, _), (size, _) = q.shape, _pieces(options)
-  parts = chunks(q, k, t * n)
+  (b, t, n, _), (size, _) = q.shape, pieces(options)
+  parts = _parts(q, k, choice.shape[3] * pieces(options)[1])
   choice, start, stop = split(
     choice, layout.start, layout.stop, block=options.block, size=size
   )
   at = jnp.broadcast_to(layout.at[..., None], (b, t, n))
-  rows = (
-    parts.rows(jnp.swapaxes(choice, 1, 2), -1)[0],
-    parts.rows(at)[0],
-    parts.each(start),
-    parts.each(stop),
+  rows = parts.rows(jnp.swapaxes(choice, 1, 2), -1), parts.rows(at)
+  each = (
+    jnp.broadcast_to(parts.each(x), (len(rows[0]), *parts.each(x).shape))
+    for x in (start, stop)
+  )
+  # The turns of a lane side by side.
+  rows = tuple(
+    jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for x in (*rows, *each)
   )
   # Of sorting: numbers and their places, twice, and what follows from them.
   cost = 40 * rows[0][0].size
@@ -194,20 +198,25 @@ def _arrange(options, q, k, layout: BlockLayout, choice) -> Places:
 def _walk(options, q, k, v, layout, places):
   from isthmus.pallas.moba.mosaic_forward import forward
 
-  parts, blocks = chunks(q, k, q.size), _Blocks(options, q, k, layout)
+  parts, blocks = chunks(q, k, q.size), Blocks(options, q, k, layout)
   flat = q.reshape(-1, q.shape[3])
 
   def some(lane, places, k, v, bounds):
     k, v = blocks.cut(k, bounds), blocks.cut(v, bounds)
-    lists = block_tiles(places, ROWS, k.shape[2])
-    rows = _rows(flat, parts.flat(lane, places.row))
-    o, lse = forward(rows, k, v, lists, scale=options.scale)
-    o, lse = merged(o, lse, places.place, places.real)
-    return o.astype(q.dtype), lse
+
+    def one(carry, turn):
+      i, places = turn
+      lists = block_tiles(places, ROWS, k.shape[2])
+      rows = _rows(flat, _index(parts, lane, i, places))
+      o, lse = forward(rows, k, v, lists, scale=options.scale)
+      o, lse = merged(o, lse, places.place, places.real)
+      return carry, (o.astype(q.dtype), lse)
+
+    return _in_turns(one, (), places, parts)[1]
 
   keys, values = blocks.keys(k), blocks.keys(v)
   lane = jnp.arange(len(keys), dtype=jnp.int32)
-  args = (lane, places, keys, values, blocks.bounds)
+  args = (lane, _by_lane(places, lane), keys, values, blocks.bounds)
   o, lse = _groups(some, args, _cost(places, q))
   return parts.back(o[None]), jnp.swapaxes(parts.back(lse[None]), 1, 2)
 
@@ -218,7 +227,7 @@ def _walk_back(options, residuals, cotangents):
 
   q, k, v, layout, places, o, lse = residuals
   do, dlse = cotangents
-  parts, blocks = chunks(q, k, q.size), _Blocks(options, q, k, layout)
+  parts, blocks = chunks(q, k, q.size), Blocks(options, q, k, layout)
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
   delta = delta - jnp.swapaxes(dlse, 1, 2)
   stats = jnp.stack([jnp.swapaxes(lse, 1, 2) * _LOG2E, delta], axis=-1)
@@ -226,28 +235,73 @@ def _walk_back(options, residuals, cotangents):
 
   def some(lane, places, k, v, bounds, at):
     k, v = blocks.cut(k, bounds), blocks.cut(v, bounds)
-    lists = block_tiles(places, ROWS, k.shape[2])
-    index = parts.flat(lane, places.row)
-    q, do = _rows(flat_q, index), _rows(flat_do, index)
-    lse, delta = jnp.moveaxis(_rows(stats, index), -1, 0)
-    # No row is in a place that no key is seen from: nothing may pass there.
-    lse = jnp.where(places.limit > 0, lse, jnp.inf)
-    dq, dk, dv = backward(q, do, k, v, lse, delta, lists, scale=options.scale)
-    dq = summed(dq, places.place, places.real) * options.scale
-    dk, dv = blocks.joined(dk, at), blocks.joined(dv, at)
-    return dq.astype(q.dtype), dk, dv
+
+    def one(carry, turn):
+      i, places = turn
+      lists = block_tiles(places, ROWS, k.shape[2])
+      index = _index(parts, lane, i, places)
+      q, do = _rows(flat_q, index), _rows(flat_do, index)
+      lse, delta = jnp.moveaxis(_rows(stats, index), -1, 0)
+      # No row is in a place that no key is seen from: nothing may pass there.
+      lse = jnp.where(places.limit > 0, lse, jnp.inf)
+      dq, *found = backward(q, do, k, v, lse, delta, lists, scale=options.scale)
+      dq = summed(dq, places.place, places.real) * options.scale
+      if carry:
+        found = [
+          x + y.astype(x.dtype) for x, y in zip(carry, found, strict=True)
+        ]
+      return tuple(found), dq.astype(q.dtype)
+
+    # Turns add up in float32; a single one is its own sum.
+    turns = places.row.shape[1]
+    zero = [jnp.zeros(x.shape, jnp.float32) for x in (k, v) if turns > 1]
+    (dk, dv), dq = _in_turns(one, tuple(zero), places, parts)
+    dk, dv = (blocks.joined(x.astype(k.dtype), at) for x in (dk, dv))
+    return dq, dk, dv
 
   keys, values = blocks.keys(k), blocks.keys(v)
   lane = jnp.arange(len(keys), dtype=jnp.int32)
-  args = (lane, places, keys, values, blocks.bounds, blocks.keys_at())
+  places_of = _by_lane(places, lane)
+  args = (lane, places_of, keys, values, blocks.bounds, blocks.keys_at())
   dq, dk, dv = _groups(some, args, _cost(places, q))
   return parts.back(dq[None]), blocks.back(dk), blocks.back(dv)
 
 
-def _pieces(options) -> tuple[int, int]:
-  """(keys of a piece of a block, pieces)."""
-  size = next((x for x in KEYS if x >= options.block), KEYS[-1])
-  return size, -(-options.block // size)
+def _parts(q, k, slots):
+  """Chunks whose choices, as rows of one lane, take no more than TURN."""
+  (_, t, n, d), heads = q.shape, k.shape[2]
+  size = n // heads * slots * d * q.dtype.itemsize
+  turns = min(-(-t * size // TURN), t)
+  return chunks(q, k, -(-t // turns) * n // heads)
+
+
+def _by_lane(places, lane):
+  """[l turns, ...] -> [l, turns, ...]."""
+  return jax.tree.map(lambda x: x.reshape(len(lane), -1, *x.shape[1:]), places)
+
+
+def _index(parts, lane, i, places):
+  """Where the rows of a lane's turn i are; past the end if there are none."""
+  rows, row = places.place.shape[1], places.row
+  there = row < rows
+  return parts.flat(lane, jnp.where(there, i * rows + row, parts.t * parts.n))
+
+
+def _in_turns(one, carry, places, parts):
+  """(carry, rows of lanes) of `one(carry, (i, places))`, turn by turn."""
+  places = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), places)
+  turns = len(places.row)
+  if turns == 1:
+    first = jax.tree.map(lambda x: x[0], places)
+    return one(carry, (0, first))
+  index = jnp.arange(turns, dtype=jnp.int32)
+  carry, found = jax.lax.scan(one, carry, (index, places))
+
+  def rows(x):
+    x = jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    return x[:, : parts.t * parts.group]
+
+  return carry, jax.tree.map(rows, found)
 
 
 def _rows(x, index):
@@ -270,77 +324,6 @@ def _groups(function, args, cost):
   args = jax.tree.map(lambda x: x.reshape(-1, some, *x.shape[1:]), args)
   out = jax.lax.map(lambda args: function(*args), args)
   return jax.tree.map(lambda x: x.reshape(lanes, *x.shape[2:]), tuple(out))
-
-
-class _Blocks:
-  """Keys as blocks of a size that kernels take, and back.
-
-  Blocks that are no whole number of pieces take more memory than their keys,
-  and are made of a few lanes at a time.
-
-  Attributes:
-    bounds: [l g], [l g] and [l 1]; where blocks start and stop, and one past
-      the last key that anyone sees.
-  """
-
-  def __init__(self, options, q, k, layout: BlockLayout):
-    self.parts, self.s = chunks(q, k, q.size), k.shape[1]
-    self.size, _ = _pieces(options)
-    self.aligned = layout.lost is None and options.block % self.size == 0
-    # Any choice: blocks alone are wanted.
-    none = jnp.zeros((0,), jnp.int32)
-    _, start, stop = split(
-      none, layout.start, layout.stop, block=options.block, size=self.size
-    )
-    last = jnp.max(layout.at, axis=1, keepdims=True)
-    seen = jnp.minimum(last, self.s - 1) + 1
-    self.bounds = tuple(self.parts.each(x) for x in (start, stop, seen))
-
-  def keys(self, x):
-    """[b s k d] -> what `cut` takes, of all lanes."""
-    x = self.parts.lanes(x)
-    if not self.aligned:
-      return x
-    # 0 NaN is NaN, so probabilities of 0 alone would let it through.
-    start, _, seen = self.bounds
-    there = jnp.arange(self.s) < seen
-    x = jnp.where(there[..., None], x, 0)
-    ends = start.shape[1] * self.size - self.s
-    x = jnp.pad(x, ((0, 0), (0, ends), (0, 0)))
-    return x.reshape(x.shape[0], -1, self.size, x.shape[2])
-
-  def cut(self, x, bounds):
-    """Of lanes, to [l g w d], 0 where there is no key that anyone sees."""
-    if self.aligned:
-      return x
-    start, stop, seen = bounds
-    index = start[..., None] + jnp.arange(self.size, dtype=jnp.int32)
-    there = index < jnp.minimum(stop, seen)[..., None]
-    index = jnp.where(there, index, self.s).reshape(x.shape[0], -1)
-    return taken(x, index).reshape(x.shape[0], -1, self.size, x.shape[2])
-
-  def keys_at(self):
-    """int32 [l s], where each key is in the blocks of its lane, laid flat."""
-    start, stop, _ = self.bounds
-    key = jnp.arange(self.s, dtype=jnp.int32)
-    if self.aligned:
-      return jnp.broadcast_to(key, (start.shape[0], self.s))
-    find = functools.partial(jnp.searchsorted, side="right")
-    block = jax.vmap(find, in_axes=(0, None))(stop, key)
-    first = jnp.take_along_axis(start, block, axis=1, mode="clip")
-    g = start.shape[1]
-    index = block * self.size + key - first
-    return jnp.where(block < g, index, g * self.size)
-
-  def joined(self, x, at):
-    """[l g w d] -> [l s d] of lanes, 0 for a key of no block."""
-    x = x.reshape(x.shape[0], -1, x.shape[3])
-    return x[:, : self.s] if self.aligned else taken(x, at)
-
-  def back(self, x):
-    """[l s d] of all lanes -> [b s k d]."""
-    x = x.reshape(self.parts.b, self.parts.heads, self.s, x.shape[2])
-    return jnp.swapaxes(x, 1, 2)
 
 
 def _longer(x, size):

@@ -12,6 +12,7 @@ from isthmus.attention import moba
 from isthmus.pallas.compat import has_mosaic, interpreted
 from isthmus.pallas.moba import mosaic
 from isthmus.pallas.moba.api import Extras, Options
+from isthmus.pallas.moba.keys import KEYS
 from isthmus.pallas.moba.layout import uniform
 from tests.attention import test_moba
 from tests.attention.oracle import check, inputs
@@ -169,10 +170,42 @@ def test_lanes_come_in_groups(monkeypatch):
 
 
 @needs_mosaic
+def test_queries_of_a_long_lane_take_turns(monkeypatch):
+  """Three turns, the last one short; sums over them are all that may differ."""
+  q, k, v, do, dlse = inputs(1, 70, 70, 4, 2, 16, dtype=jnp.bfloat16)
+  f = functools.partial(moba, block=24, top_k=2, impl="mosaic", return_lse=True)
+  turns, original = [], mosaic.block_tiles
+
+  def block_tiles(places, *args):
+    turns.append(places.place.shape[:2])
+    return original(places, *args)
+
+  def clear():
+    for jitted in (mosaic._walk, mosaic._walk_back, mosaic._arrange):
+      jitted.clear_cache()
+
+  monkeypatch.setattr(mosaic, "block_tiles", block_tiles)
+  found, rows = [], 2 * 2 * 64 * 2  # group, slots, width, bytes
+  with interpreted():
+    for turn in (70 * rows, 30 * rows):
+      monkeypatch.setattr(mosaic, "TURN", turn)
+      clear()
+      (o, lse), pull = jax.vjp(f, q, k, v)
+      found.append((o, lse, *pull((do.astype(o.dtype), dlse))))
+  clear()
+  assert turns == [(2, 140)] * 2 + [(2, 48)] * 2
+  whole, cut = ([np.asarray(x, np.float32) for x in y] for y in found)
+  for x, y in zip(whole[:3], cut[:3], strict=True):
+    np.testing.assert_array_equal(x, y)
+  for x, y in zip(whole[3:], cut[3:], strict=True):
+    np.testing.assert_allclose(x, y, rtol=2**-6, atol=2**-6)
+
+
+@needs_mosaic
 def test_short_blocks_are_cut_for_a_few_lanes_at_a_time(monkeypatch):
   """With what a piece lacks they would be twice the keys of all lanes."""
   monkeypatch.setattr(mosaic, "LIMIT", 1)
-  t, heads, size = 1000, 4, mosaic.KEYS[0]
+  t, heads, size = 1000, 4, KEYS[0]
   text, _ = program(shapes(1, t, heads, heads, 64), Options(size // 2, 3))
   blocks = -(-t // (size // 2))
   assert f"tensor<1x{blocks}x{size}x64xbf16>" in text
