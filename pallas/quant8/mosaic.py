@@ -34,7 +34,7 @@ from isthmus.pallas.quant8.ref import Move, Rates, moved
 BLOCKS = (128, 256, 512, 1024)
 #: Numbers of a warpgroup: 16 of each array in a thread's registers.
 TILE = 2048
-#: Numbers that a thread reads at once.
+#: Numbers that a thread reads at once, of long enough blocks.
 WORD = 4
 #: Whether codes are looked up, or read by arithmetic.
 LOOKUP = True
@@ -62,7 +62,7 @@ def adam(
 
   block, rows = m.block, _rows(m.block)
   lines = g.size // block
-  layout = _layout(plgpu)
+  layout = _layout(plgpu, block)
   factors = jnp.stack([jnp.asarray(x, jnp.float32) for x in _factors(rates)])
   tables = [jnp.asarray(_values(table(q.map), q.map)) for q in (m, v)]
   read, inverse = _functions(plgpu, (rows, block), layout)
@@ -203,10 +203,11 @@ def _rows(block: int) -> int:
   return max(TILE // block, 4)
 
 
-def _layout(plgpu: Any) -> Any:
-  """Rows over warps, and runs of WORD numbers of a row over lanes."""
+def _layout(plgpu: Any, block: int) -> Any:
+  """Rows over warps, and runs of numbers of a row over lanes."""
+  word = min(WORD, block // 32)
   return plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 32 * WORD), (WORD,))),
+    plgpu.Tiling(((4, 32 * word), (word,))),
     warp_dims=(-3,),
     lane_dims=(-2,),
     vector_dim=-1,
