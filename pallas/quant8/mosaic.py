@@ -290,6 +290,6 @@ def _each(register: Any, f: Any) -> Any:
   (count,) = ir.VectorType(register.type).shape
   out = llvm.mlir_undef(ir.VectorType.get((count,), ir.F32Type.get()))
   for i in range(count):
-    at = {"dynamic_position": [], "static_position": [i]}
-    out = vector.insert(f(vector.extract(register, **at)), out, **at)
+    x = vector.extract(register, dynamic_position=[], static_position=[i])
+    out = vector.insert(f(x), out, dynamic_position=[], static_position=[i])
   return out
