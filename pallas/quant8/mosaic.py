@@ -285,11 +285,13 @@ def _functions(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
 def _each(register: Any, f: Any) -> Any:
   """A register of float32: f of each number of a register."""
   from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import llvm, vector
+  from jaxlib.mlir.dialects import vector
 
   (count,) = ir.VectorType(register.type).shape
-  out = llvm.mlir_undef(ir.VectorType.get((count,), ir.F32Type.get()))
-  for i in range(count):
-    x = vector.extract(register, dynamic_position=[], static_position=[i])
-    out = vector.insert(f(x), out, dynamic_position=[], static_position=[i])
-  return out
+  numbers = [
+    f(vector.extract(register, dynamic_position=[], static_position=[i]))
+    for i in range(count)
+  ]
+  return vector.from_elements(
+    ir.VectorType.get((count,), ir.F32Type.get()), numbers
+  )

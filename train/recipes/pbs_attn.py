@@ -65,7 +65,7 @@ def _full() -> Prefill:
     equal=(0.9, 0.95),
     speed=PrefillSpeed(
       load=load,
-      levels=dict.fromkeys((*WAYS, "mass"), 0.9),
+      levels=dict.fromkeys((*WAYS, "mass"), (0.9,)),
       seconds=300,
     ),
   )

@@ -56,7 +56,7 @@ def _full() -> Prefill:
     equal=(0.9, 0.95),
     speed=PrefillSpeed(
       load=load,
-      levels={"proxy": 0.9, "proxy-kv": 0.9, "proxy-head": 0.9, "mass": 0.9},
+      levels=dict.fromkeys(("proxy", "proxy-kv", "proxy-head", "mass"), (0.9,)),
       seconds=300,
     ),
   )

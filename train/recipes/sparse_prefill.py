@@ -53,8 +53,8 @@ Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   every one of these ways, but on SmolLM2's arrays each keeps less than it is
   asked for; that the choice takes at most .15 holds there at 128K of two of
   five, and nowhere else: where few blocks are kept the choice is most of the
-  work. Antidiagonals, chosen in XLA: .14, for 1.7 s at 128K. The choice has
-  become shorter since; measured by us
+  work. This run had XLA's autotuning off, and the choice has become shorter
+  since; measured by us
 Check: none
 """
 
