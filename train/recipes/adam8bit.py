@@ -82,8 +82,8 @@ RISE = 0.5
 def get_config(variant: str = "full") -> "Fit | Study | Race":
   """`full`, `ablation`, `speed`: an H100; `small`; two of `smoke`.
 
-  `full` is one run, about a minute. `ablation` is 54 of them, by estimate 80 s
-  each with what is compiled: eight calls of 10 minutes, each of which goes on
+  `full` is one run, about a minute. `ablation` is 63 of them, by estimate 80 s
+  each with what is compiled: nine calls of 10 minutes, each of which goes on
   where the last was stopped (`timeout -s INT 570 isthmus ...`). `small` is an
   ablation in a quarter of an hour on a CPU; `ablation_smoke` and `speed_smoke`
   are seconds.
