@@ -15,7 +15,7 @@ def test_scores_of_each_head_are_the_control_everywhere():
     assert len(set(job.levels.values())) == 1 and job.equal
   speed = recipe.get_config("full").speed
   assert {"proxy", "proxy-kv", "proxy-head"} <= set(speed.levels)
-  assert set(speed.levels.values()) == {0.9}
+  assert set(speed.levels.values()) == {(0.9,)}
 
 
 @pytest.mark.slow
