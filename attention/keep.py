@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
-#: Bits of the least value that one pass settles. It takes a sum for each of
-#: their numbers but 0; memory is read once for all.
+# Bits of the least value that one pass settles, by a sum for each of their
+# numbers but 0: sums over the same array, which XLA may take in one reading.
 _BITS = 3
 
 

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -17,13 +16,15 @@ import jax
 from isthmus.attention.bench.clock import Clock
 from isthmus.nets.reversible import MODES
 from isthmus.nets.vision.unet3d import UNet3D
-from isthmus.train import footprint, log, manifest
+from isthmus.train import footprint, log
 from isthmus.train import workdir as folder
 from isthmus.train.footprint import Row
 from isthmus.train.metrics.memory import largest, step_bytes
 from isthmus.train.stop import requests
 from isthmus.train.tasks.segment import Segment
 
+# Figures, as they are found.
+_FILE = "limits.json"
 #: What is enlarged: a cube's side, layers a level, channels of the first one.
 AXES = ("volume", "depth", "width")
 
@@ -165,7 +166,7 @@ class Limits:
     with folder.lock(path), requests() as stop:
       folder.record(path, self, source=source or {}, force=force)
       # Settings that were forced may differ from those it was found with.
-      found = {} if force else log.read_results(path, "limits.json")
+      found = {} if force else log.read_results(path, _FILE)
 
       def check():
         if stop.asked or time.monotonic() - began > self.limit_s:
@@ -179,7 +180,7 @@ class Limits:
             log.say(f"{name}: given up")
           else:
             log.say(f"{name}: {found[name]:g}")
-          manifest.write_text(path / "limits.json", json.dumps(found, indent=1))
+          log.write_json(path / _FILE, found)
       finally:
         text = self.table(found)
         print(text)

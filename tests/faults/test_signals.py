@@ -281,7 +281,7 @@ def _is_good(workdir, child, status):
 )
 def test_a_storm(tmp_path, uninterrupted, count):
   workdir, ends = _storm(tmp_path, count, ALL, count=count)
-  print(f"{count} signals: {dict(ends)}")
+  assert set(ends) <= {0, 130, *(-s for s in ALL)}
   same_run(workdir, uninterrupted())
 
 
@@ -289,7 +289,7 @@ def test_a_storm(tmp_path, uninterrupted, count):
 @pytest.mark.slow
 def test_ctrl_c_again_and_again(tmp_path, uninterrupted):
   workdir, ends = _storm(tmp_path, 7, (signal.SIGINT,), count=50)
-  print(dict(ends))
+  assert set(ends) <= {0, 130, -signal.SIGINT}
   same_run(workdir, uninterrupted())
 
 

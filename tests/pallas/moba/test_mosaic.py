@@ -39,22 +39,23 @@ MORE = {
 
 
 def equals_the_sets(case, dtype=jnp.bfloat16):
+  """Checks values and gradients; whether o and lse have their dtypes."""
   ours, wide, low, _ = test_moba.both(*case, "mosaic", dtype, coarse=True)
-  assert ours[0][0].dtype == dtype and ours[0][1].dtype == jnp.float32
   check(ours, wide, low, 1e-5)
+  return ours[0][0].dtype == dtype and ours[0][1].dtype == jnp.float32
 
 
 @needs_mosaic
 @pytest.mark.parametrize("name", SOME)
 def test_equals_the_sets(name):
   with interpreted():
-    equals_the_sets(test_moba.CASES[name])
+    assert equals_the_sets(test_moba.CASES[name])
 
 
 @needs_mosaic
 def test_whole_blocks_equal_the_sets():
   with interpreted():
-    equals_the_sets(LARGER["whole blocks"], jnp.float16)
+    assert equals_the_sets(LARGER["whole blocks"], jnp.float16)
 
 
 @needs_mosaic
@@ -62,17 +63,17 @@ def test_whole_blocks_equal_the_sets():
 @pytest.mark.parametrize("name", MORE)
 def test_more_cases_equal_the_sets(name):
   with interpreted():
-    equals_the_sets(MORE[name])
+    assert equals_the_sets(MORE[name])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*SOME, "whole blocks", *MORE])
 def test_cases_equal_the_sets_on_gpu(name):
-  equals_the_sets({**test_moba.CASES, **LARGER, **MORE}[name])
+  assert equals_the_sets({**test_moba.CASES, **LARGER, **MORE}[name])
 
 
-def nan_outside(impl):
-  """Keys that no query sees, in a block that some query reads."""
+def nan_leaks(impl):
+  """Whether NaN in keys that no query sees tells, in a block that one reads."""
   q, k, v, do, dlse = inputs(1, 8, 100, 2, 1, 16, dtype=jnp.bfloat16)
   places = jnp.arange(60, 68, dtype=jnp.int32)[None]
   hole = jnp.arange(100)[None, :, None, None] > 67
@@ -86,20 +87,20 @@ def nan_outside(impl):
 
   clean = run(k, v)
   dirty = run(jnp.where(hole, jnp.nan, k), jnp.where(hole, jnp.nan, v))
-  for x, y in zip(clean, dirty, strict=True):
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-    assert not np.isnan(np.asarray(x, np.float32)).any()
+  # NaN equals nothing, itself included.
+  same = (bool((x == y).all()) for x, y in zip(clean, dirty, strict=True))
+  return not all(same)
 
 
 @needs_mosaic
 def test_nan_that_no_query_sees_does_not_leak():
   with interpreted():
-    nan_outside("mosaic")
+    assert not nan_leaks("mosaic")
 
 
 @pytest.mark.gpu
 def test_nan_that_no_query_sees_does_not_leak_on_gpu():
-  nan_outside("mosaic")
+  assert not nan_leaks("mosaic")
 
 
 def shapes(b, t, n, k, d, dtype=jnp.bfloat16):

@@ -14,8 +14,6 @@ from isthmus.pallas.quant8.codec import decode
 from isthmus.pallas.quant8.maps import NOZERO, ROOT, SIGNED, UNSIGNED, Map
 from isthmus.pallas.quant8.ref import rates
 
-pytestmark = pytest.mark.once
-
 needs_mosaic = pytest.mark.skipif(
   not has_mosaic(), reason="the kernel needs jax 0.11"
 )
@@ -84,6 +82,7 @@ def equals_the_reference(args, impl="mosaic"):
   return True
 
 
+@pytest.mark.once
 @needs_mosaic
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name):
@@ -91,12 +90,14 @@ def test_equals_the_reference(name):
     assert equals_the_reference(case(**CASES[name]))
 
 
+@pytest.mark.once
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_on_gpu(name):
   assert equals_the_reference(case(**CASES[name]))
 
 
+@pytest.mark.once
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["roots", "plain", "linear"])
 def test_equals_the_reference_without_a_table(name, monkeypatch):
@@ -118,6 +119,7 @@ def test_it_is_in_the_cuda_program_once(name):
   assert len(aliases) == (4 if p is None else 5)
 
 
+@pytest.mark.once
 @needs_mosaic
 @pytest.mark.parametrize(
   "how, said",
@@ -138,6 +140,7 @@ def test_what_is_refused(how, said):
   assert found == said or (said and found.startswith(said))
 
 
+@pytest.mark.once
 def test_other_dtypes_are_refused():
   q = zeros((8, 512))
   g = jax.ShapeDtypeStruct((8, 512), jnp.int32)
@@ -146,6 +149,7 @@ def test_other_dtypes_are_refused():
       assert mosaic.refuse(g, q, q, None).startswith("it takes gradients of")
 
 
+@pytest.mark.once
 def test_a_machine_without_hopper_is_refused(monkeypatch):
   args = case()
   if has_mosaic():
