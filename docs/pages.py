@@ -169,7 +169,13 @@ def _entry(found: recipe.Recipe) -> str:
       "",
       *(
         f"**{field}.** {found[field]}\n"
-        for field in ("Reproduced", "Simplified", "Claim", "Measured")
+        for field in (
+          "Reproduced",
+          "Simplified",
+          "Claim",
+          "Result",
+          "Measured",
+        )
       ),
       "```sh",
       found["Command"],

@@ -92,6 +92,10 @@ def test_recipe_docstring(name):
   assert found["Measured"] == "not run" or re.search(
     r"measured by us", found["Measured"]
   )
+  short, hardware = found["Result"], r"(H100|H200|CPU cores)[^()]*\)"
+  assert len(short) <= 160, len(short)
+  assert (short == "not run") == (found["Measured"] == "not run")
+  assert short == "not run" or re.search(hardware, short), short
   assert found["Claim"] == "none" or "paper's claim" in found["Claim"]
 
 

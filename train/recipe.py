@@ -3,8 +3,8 @@
 A recipe's docstring opens with its title and holds these fields, each at the
 start of a line, a value going on in indented lines:
 
-  Link, Year, Family, Core, Reproduced, Simplified, Command, Claim, Measured,
-  Check
+  Link, Year, Family, Core, Reproduced, Simplified, Command, Claim, Result,
+  Measured, Check
 """
 
 import ast
@@ -24,6 +24,7 @@ FIELDS = (
   "Simplified",
   "Command",
   "Claim",
+  "Result",
   "Measured",
   "Check",
 )
@@ -102,7 +103,7 @@ def table() -> str:
     True
   """
   lines = [
-    "| system | `--config` | family | core file | claim | measured |",
+    "| system | `--config` | family | core file | claim | result |",
     "|---|---|---|---|---|---|",
   ]
   for name in recipe_names():
@@ -110,7 +111,7 @@ def table() -> str:
     title = r.title if r["Link"] == "none" else f"[{r.title}]({r['Link']})"
     lines.append(
       f"| {title} | `{name}` | {r['Family']} | `{r['Core']}` | {r['Claim']} "
-      f"| {r['Measured']} |"
+      f"| {r['Result']} |"
     )
   return "\n".join(lines)
 

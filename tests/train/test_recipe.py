@@ -16,6 +16,7 @@ Reproduced: the first table,
 Simplified: nothing: really
 Command: python -m train.main
 Claim: none
+Result: not run
 Measured: not run
 Check: none
 """

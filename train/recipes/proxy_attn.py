@@ -20,6 +20,7 @@ Simplified: a model of 135M with 4-bit weights on Python's library, contexts to
 Command: python -m train.main --config proxy_attn
 Claim: attention 10.3x as fast at 256K tokens, 2.4x to the first token; RULER
   of 90.2 at gamma .95 and 89.4 at .90, dense 89.5 (Llama-3.1-8B); paper's claim
+Result: not run
 Measured: not run
 Check: none
 """

@@ -17,6 +17,8 @@ Simplified: random streams and gradients in place of data, a head and a loss;
 Command: python -m train.main --config reversible_memory
 Claim: of a 3D U-Net at a fixed memory, volumes up to 3 times as large, or 25%
   more depth, or twice the channels (arXiv 2104.09648); paper's claim
+Result: 0.10 of the memory of remat by layer, or 0.44 of remat by branch at 1.02
+  of its time; U-Nets of 11 times the volume (one H100)
 Measured: gradients of 48 layers, MiB of compiled temporaries and ms, all ways
   in turns, one H100 80GB, jax 0.11.2, the first 24 of `full`'s 80 programs.
   Perceptrons (width 1024, 16 x 1024 tokens): reversible 744, 221; with 0.69 of

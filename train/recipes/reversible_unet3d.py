@@ -18,6 +18,8 @@ Simplified: nilearn's MNI152 template (one head, the mean of 152, at 1 mm; grey
 Command: python -m train.main --config reversible_unet3d:pair
 Claim: at a fixed memory volumes up to 3 times as large, or 25% more depth, or
   twice the channels of the same net that keeps its activations; paper's claim
+Result: Dice 0.915 on the held-out front, reversible and plain alike to the last
+  digit (two CPU cores)
 Measured: one seed, mean Dice of grey and white matter on held-out patches
   0.927 and on the whole front by overlapping windows 0.915, reversible and
   plain alike: the logged losses of the two runs are equal to the last digit.

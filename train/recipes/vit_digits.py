@@ -10,6 +10,8 @@ Simplified: 8 x 8 images in patches of 2 x 2, width 64, depth 4; no
   augmentation.
 Command: python -m train.main --config vit_digits
 Claim: none
+Result: accuracy 0.928 on 360 held-out digits, of two streams 0.953 (two CPU
+  cores)
 Measured: accuracy on 360 held-out digits 0.928, of two streams 0.953, with
   layers computed backwards as with all of them kept (`model.streams=2`), to
   the same loss of 0.148; seed 0 alone, so that 9 digits between one stream and
