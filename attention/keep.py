@@ -18,7 +18,7 @@ _BITS = 3
 
 
 def keep_best(
-  score: Float[Array, "*lead m"],
+  score: Float[Array, "*#lead m"],
   weight: Num[Array, "*#lead #m"] | None,
   target: Num[Array, "*#lead"],
   allowed: Bool[Array, "*#lead m"] | None = None,
@@ -28,6 +28,8 @@ def keep_best(
   In the order of falling scores, of equal ones the first ahead, it is the
   shortest start with `sum weight >= target`; all that are allowed if their sum
   is less.
+
+  Where scores are the same for several targets, one copy of them is read.
 
   Args:
     score: not negative.
@@ -50,14 +52,16 @@ def keep_best(
   bits = jnp.where(allowed, jnp.maximum(bits, 0), -1)
   if weight is None:  # of what isn't allowed it is NaN, and not looked at
     weight = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  weight = jnp.broadcast_to(weight, bits.shape)
-  target = jnp.broadcast_to(target, bits.shape[:-1])
+  lead = jnp.broadcast_shapes(
+    bits.shape[:-1], weight.shape[:-1], jnp.shape(target)
+  )
+  target = jnp.broadcast_to(target, lead)
 
   def enough(least):
     kept = jnp.where(bits >= least[..., None], weight, 0)
     return jnp.sum(kept, axis=-1) >= target
 
-  least = _largest(enough, bits.shape[:-1], 31)
+  least = _largest(enough, lead, 31)
   # Of those at the least value, as many as are wanted still: up to the place
   # before which they are not enough.
   above, equal = bits > least[..., None], bits == least[..., None]
@@ -68,7 +72,7 @@ def keep_best(
     first = jnp.where(equal & (place < end[..., None]), weight, 0)
     return have + jnp.sum(first, axis=-1) < target
 
-  end = _largest(lacking, least.shape, bits.shape[-1].bit_length())
+  end = _largest(lacking, lead, bits.shape[-1].bit_length())
   kept = above | (equal & (place <= end[..., None]))
   return kept & (target > 0)[..., None]
 

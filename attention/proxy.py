@@ -152,9 +152,10 @@ def proxy_select(
   wanted = -(-budget[..., None] * (row + 1) // blocks)
   wanted = jnp.maximum(wanted, -(-min_tokens // block))
   past = row <= row[:, None]
-  score = jnp.repeat(score, n // groups, axis=1)
+  wanted = wanted.reshape(-1, groups, n // groups, blocks)
   one = jnp.ones((), jnp.int32)
-  kept = keep_best(score, one[None], wanted, past) | jnp.eye(blocks, dtype=bool)
+  kept = keep_best(score[:, :, None], one[None], wanted, past)
+  kept = kept.reshape(-1, n, blocks, blocks) | jnp.eye(blocks, dtype=bool)
   return BlockMask.from_blocks(
     kept, block=(block, block), causal=True, q_length=t, kv_length=t
   )

@@ -54,6 +54,22 @@ def test_weights_add_up_to_the_target():
   assert np.asarray(found[3]).all() and not np.asarray(found[0]).all()
 
 
+def test_one_copy_of_scores_serves_many_targets():
+  score = RNG.random((2, 1, 5, 17)).astype("float32")
+  allowed = np.tri(5, 17, 12, dtype=bool)
+  count = RNG.integers(0, 18, (2, 3, 5)).astype("int32")
+  whole = [np.broadcast_to(x, (2, 3, 5, 17)) for x in (score, allowed)]
+  ones = np.ones((2, 3, 5, 17), np.int32)
+  score, allowed, target = map(jnp.asarray, (score, allowed, count))
+  found = keep_best(score, jnp.ones((1,), jnp.int32), target, allowed)
+  want = by_sorting(whole[0], ones, count, whole[1])
+  np.testing.assert_array_equal(found, want)
+  # No array of all targets' scores is made for the search.
+  text = jax.jit(keep_best).lower(score, None, target * 0.1, allowed).compile()
+  loop = [x for x in text.as_text().splitlines() if " while(" in x]
+  assert loop and not any("2,3,5,17" in x for x in loop), loop
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 0.999])
 def test_mass(threshold):
   score = RNG.normal(0, 3, (6, 50)).astype("float32")
