@@ -139,7 +139,7 @@ def pbs_select(
   score = block_scores(*means, scale)
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
   part = index // (segment // block)
-  past = part < part[:, None]
+  past = part * (segment // block)  # how many blocks are before its segment
   kept = keep_mass(score, threshold, past) | (part == part[:, None])
   if sink:
     first = jnp.argmax(order == 0, axis=-1) // block  # [b k]

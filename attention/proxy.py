@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
-from isthmus.attention.keep import keep_best
+from isthmus.attention.keep import keep_count, keep_sum
 from isthmus.attention.last import last_importance
 from isthmus.attention.pooling import tile_softmax
 from isthmus.attention.sdpa import attention, check_shapes
@@ -95,7 +95,7 @@ def block_budget(
   mass = jnp.pad(mass, ((0, 0), (0, 0), (0, blocks * block - t)))
   mass = mass.reshape(b, n, blocks, block).sum(axis=3)
   mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
-  kept = keep_best(mass, None, jnp.float32(gamma))
+  kept = keep_sum(mass, jnp.float32(gamma))
   return jnp.sum(kept, axis=-1, dtype=jnp.int32)
 
 
@@ -151,10 +151,8 @@ def proxy_select(
   row = jnp.arange(blocks, dtype=jnp.int32)
   wanted = -(-budget[..., None] * (row + 1) // blocks)
   wanted = jnp.maximum(wanted, -(-min_tokens // block))
-  past = row <= row[:, None]
   wanted = wanted.reshape(-1, groups, n // groups, blocks)
-  one = jnp.ones((), jnp.int32)
-  kept = keep_best(score[:, :, None], one[None], wanted, past)
+  kept = keep_count(score[:, :, None], wanted, row + 1)
   kept = kept.reshape(-1, n, blocks, blocks) | jnp.eye(blocks, dtype=bool)
   return BlockMask.from_blocks(
     kept, block=(block, block), causal=True, q_length=t, kv_length=t

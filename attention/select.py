@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isthmus.attention.block_mask import BlockMask
-from isthmus.attention.keep import keep_best, keep_mass
+from isthmus.attention.keep import keep_count, keep_mass, keep_sum
 from isthmus.attention.pooling import block_scores, pool_blocks, tile_softmax
 from isthmus.attention.sdpa import attention, check_shapes
 
@@ -128,16 +128,13 @@ def pooled_select(
   scale = q.shape[3] ** -0.5 if scale is None else scale
   score = block_scores(pool_blocks(q, block), pool_blocks(k, block), scale)
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  past = index < index[:, None]
   if threshold is not None:
-    kept = keep_mass(score, threshold, past)
+    kept = keep_mass(score, threshold, index)
   else:
     assert top_k is not None
     # Positive, in the same order: bits are compared.
     least = jnp.min(score, axis=-1, keepdims=True)
-    count = jnp.array([top_k - 1], jnp.int32)
-    one = jnp.ones((1,), jnp.int32)
-    kept = keep_best(score - least, one, count, past)
+    kept = keep_count(score - least, jnp.int32(top_k - 1), index)
   return _mask(kept, t, block, sink)
 
 
@@ -226,12 +223,11 @@ def antidiagonal_select(
     q, k, side=block // stride, reduce="sum", scale=scale / stride
   )
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  past = index <= index[:, None]
   if threshold == 1:
-    kept = jnp.broadcast_to(past, score.shape)
+    kept = jnp.broadcast_to(index <= index[:, None], score.shape)
   else:
     target = threshold * jnp.sum(score, axis=-1)
-    kept = keep_best(score, None, target, past)
+    kept = keep_sum(score, target, index + 1)
   return _mask(kept, t, block, sink)
 
 

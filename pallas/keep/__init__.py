@@ -1,0 +1,1 @@
+"""The best of each row, up to a sum of weights."""

@@ -1,0 +1,94 @@
+"""The best of each row by the kernel: interpreted on a CPU, and on a GPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.pallas.compat import has_mosaic, interpreted
+from isthmus.pallas.keep import mosaic, ref
+from isthmus.pallas.keep.api import Options
+from tests.pallas.keep.cases import CASES, check
+
+needs_mosaic = pytest.mark.skipif(
+  not has_mosaic(), reason="the kernel needs jax 0.11"
+)
+
+
+@pytest.mark.once
+@needs_mosaic
+@pytest.mark.parametrize("name", CASES)
+def test_as_by_sorting(name):
+  with interpreted():
+    assert check(mosaic.keep, name)
+
+
+@pytest.mark.once
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_as_by_sorting_on_gpu(name):
+  assert check(mosaic.keep, name)
+
+
+@pytest.mark.once
+@pytest.mark.gpu
+@pytest.mark.parametrize("weigh", ["one", "value", "softmax"])
+@pytest.mark.parametrize("m", [1000, mosaic.MOST])
+def test_long_rows_on_gpu(weigh, m):
+  """A sum's order may move an end by a block where it rounds."""
+  x = jnp.exp(jax.random.normal(jax.random.key(0), (8, 512, m)))
+  limit = jnp.linspace(0, m, 512).astype(jnp.int32)
+  target = {"one": m // 9, "value": 0.5 * m, "softmax": 0.9}[weigh]
+  args = x, jnp.full((8, 512), target), limit
+  found = jax.jit(lambda *a: mosaic.keep(*a, options=Options(weigh)))(*args)
+  want = jax.jit(lambda *a: ref.keep(*a, options=Options(weigh)))(*args)
+  off = np.asarray(found != want).sum(-1)
+  assert off.max() <= (0 if weigh == "one" else 1) and (off > 0).mean() < 0.01
+  for _ in range(3):
+    again = jax.jit(lambda *a: mosaic.keep(*a, options=Options(weigh)))(*args)
+    np.testing.assert_array_equal(again, found)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("weigh", ["one", "value", "softmax"])
+def test_it_is_in_the_cuda_program_once(weigh):
+  shape = jax.ShapeDtypeStruct
+  args = (
+    shape((2, 1, 64, 2048), jnp.float32),
+    shape((2, 4, 64), jnp.float32),
+    shape((64,), jnp.int32),
+  )
+  f = jax.jit(lambda *a: mosaic.keep(*a, options=Options(weigh)))
+  text = f.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  assert len(re.findall(r"custom_call @\w*mosaic_gpu\w*", text)) == 1
+  # One copy of a group's scores is read for all its targets.
+  assert "2x4x64x2048xf32" not in text and "512x2048xf32" not in text
+
+
+@pytest.mark.once
+@needs_mosaic
+@pytest.mark.parametrize(
+  "shape, dtype, said",
+  [
+    ((8, 4096), jnp.float32, None),
+    ((8, 5000), jnp.float32, "it takes rows of up to 4096, not 5000"),
+    ((0, 8), jnp.float32, "it takes no empty arrays: (0, 8)"),
+    ((8, 8), jnp.int32, "it takes float32 and shorter, not int32"),
+  ],
+)
+def test_what_is_refused(shape, dtype, said):
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  with interpreted():
+    assert mosaic.refuse(x, None, None, options=Options("one")) == said
+
+
+@pytest.mark.once
+def test_a_machine_without_hopper_is_refused(monkeypatch):
+  x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+  if has_mosaic():
+    said = "it needs an NVIDIA Hopper GPU, and the platform is cpu"
+    assert mosaic.refuse(x, None, None, options=Options("one")) == said
+  monkeypatch.setattr(mosaic, "refuse_machine", lambda: None)
+  assert mosaic.refuse(x, None, None, options=Options("one")) is None
