@@ -45,8 +45,3 @@ def test_nothing_is_sorted():
   )
   text = f.lower(x).as_text()
   assert "sort" not in text and "top_k" not in text
-
-
-def test_a_weight_that_is_none_is_refused():
-  with pytest.raises(ValueError, match="weigh is 'ones', not of 'one'"):
-    Options("ones")
