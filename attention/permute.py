@@ -206,16 +206,15 @@ def pbs_attention(
   settings["return_lse"] = return_lse
   if q.shape[1] <= segment and q.shape[1] == k.shape[1]:
     return attention(q, k, v, **settings)
+  # A choice has no gradient, and its kernels have none to offer.
   mask, order = pbs_select(
-    q,
-    k,
+    *jax.lax.stop_gradient((q, k)),
     block=block,
     segment=segment,
     threshold=threshold,
     sink=sink,
     scale=scale,
   )
-  mask, order = jax.lax.stop_gradient((mask, order))
   return attention(
     q,
     reorder(k, order),

@@ -202,9 +202,9 @@ def proxy_attention(
   """
   check_shapes(q, k, v)
   check_own(causal, others)
+  # A choice has no gradient, and its kernels have none to offer.
   mask = proxy_select(
-    q,
-    k,
+    *jax.lax.stop_gradient((q, k)),
     groups=groups,
     stride=stride,
     gamma=gamma,
@@ -216,7 +216,7 @@ def proxy_attention(
     q,
     k,
     v,
-    mask=jax.lax.stop_gradient(mask),
+    mask=mask,
     scale=scale,
     return_lse=return_lse,
     impl=impl,

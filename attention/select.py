@@ -58,7 +58,8 @@ def select_attention(
     True
   """
   check_own(causal, others)
-  mask = jax.lax.stop_gradient(select(q, k))
+  # A choice has no gradient, and its kernels have none to offer.
+  mask = select(*jax.lax.stop_gradient((q, k)))
   return attention(
     q, k, v, mask=mask, scale=scale, return_lse=return_lse, impl=impl
   )

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from isthmus.attention import Attention, attention
+from isthmus.attention.permute import pbs_attention
+from isthmus.attention.proxy import proxy_attention
 from isthmus.attention.select import (
   antidiagonal_select,
   pooled_select,
   select_attention,
   window_select,
 )
+from isthmus.pallas.compat import has_mosaic, interpreted
+from isthmus.pallas.dispatch import prefer
+from isthmus.pallas.keep import ref as keep_ref
+from isthmus.pallas.scores import ref as scores_ref
 from tests.attention.oracle import inputs
 from tests.attention.selectors import BLOCK, blocks_of, check, no_square
 
@@ -156,3 +162,35 @@ def test_a_layer_attends_over_what_is_selected():
   )
   np.testing.assert_allclose(o, attention(Q, K, K, mask=mask), atol=1e-6)
   assert lse.shape == (1, 4, 96)
+
+
+@pytest.mark.skipif(not has_mosaic(), reason="the kernels need jax 0.11")
+@pytest.mark.parametrize(
+  "attend, dtype",
+  [
+    (
+      functools.partial(select_attention, select=of(pooled_select)),
+      jnp.float32,
+    ),
+    (functools.partial(pbs_attention, block=16, segment=32), jnp.float32),
+    (functools.partial(proxy_attention, block=32, min_tokens=32), jnp.bfloat16),
+  ],
+)
+def test_gradients_pass_kernels_that_choose(attend, dtype, monkeypatch):
+  """Those have no derivative; attention's, over what was chosen, is taken."""
+  q, k, v, do, _ = inputs(1, 96, 96, 2, 1, 16)
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+
+  def loss(q, k, v):
+    return (attend(q, k, v, impl="xla").astype(jnp.float32) * do).sum()
+
+  want = jax.grad(loss, (0, 1, 2))(q, k, v)
+  # A kernel that is differentiated refuses, and plain XLA takes its place.
+  monkeypatch.setattr(keep_ref, "keep", None)
+  if dtype == jnp.bfloat16:
+    monkeypatch.setattr(scores_ref, "reduce_scores", None)
+  with interpreted(), prefer("mosaic", "xla"):
+    found = jax.grad(loss, (0, 1, 2))(q, k, v)
+  for x, y in zip(found, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-2 if x.dtype != "f4" else 1e-6)
+    assert np.abs(np.asarray(y, np.float32)).max() > 0.1
