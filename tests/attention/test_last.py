@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from isthmus.attention import attention, last
 from isthmus.attention.last import last_importance
 from tests.attention.oracle import inputs
 
@@ -12,8 +13,19 @@ pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rows, keys", [(4, 37), (50, 30)])
-def test_equals_the_whole_softmax(rows, keys, causal):
+@pytest.mark.parametrize(
+  "rows, keys, pieces", [(4, 37, 1), (50, 30, 1), (4, 36, 4), (20, 32, 1)]
+)
+def test_equals_the_whole_softmax(rows, keys, pieces, causal, monkeypatch):
+  """Also of keys in pieces, which have to hold the last queries' own ones."""
+  monkeypatch.setattr(last, "PIECE", 8)
+  seen = []
+
+  def attend(q, k, *others, **settings):
+    seen.append(k.shape[0] // 2)
+    return attention(q, k, *others, **settings)
+
+  monkeypatch.setattr(last, "attention", attend)
   q, k, *_ = inputs(2, 33, 37, 4, 2, 8)
   k = k[:, :keys]
   found = last_importance(q, k, rows=rows, causal=causal, scale=0.7)
@@ -27,7 +39,7 @@ def test_equals_the_whole_softmax(rows, keys, causal):
   p = np.exp(x)
   want = (p / np.maximum(p.sum(-1, keepdims=True), 1e-30)).mean(2)
   np.testing.assert_allclose(found, want, atol=1e-6)
-  assert found.shape == (2, 4, keys)
+  assert found.shape == (2, 4, keys) and seen == [pieces]
 
 
 def test_rows_and_keys_never_all_meet():
