@@ -44,11 +44,6 @@ def pytest_configure(config):
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
   signal.signal(signal.SIGINT, signal.default_int_handler)
   if not _asked(config, "gpu"):
-    # Most of a run is LLVM's work on programs that run once. XLA's own passes,
-    # whose programs the tests read, are all still made.
-    level = "xla_backend_optimization_level"
-    if level not in (flags := os.environ.get("XLA_FLAGS", "")):
-      os.environ["XLA_FLAGS"] = f"{flags} --{level}=0".strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 
