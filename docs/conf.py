@@ -48,7 +48,30 @@ napoleon_custom_sections = [
 ]
 
 
+def _share_trees(app, name, template, context, doctree):
+  """Pages of source are in no tree: those of one depth have the same sidebar.
+
+  Half of all pages are such ones, and of most of them the sidebar is the work.
+  """
+  del app, template, doctree
+  if not name.startswith("_modules/"):
+    return
+  make, depth = context["toctree"], name.count("/")
+
+  def toctree(**settings):
+    key = depth, *sorted(settings.items())
+    if key not in _TREES:
+      _TREES[key] = make(**settings)
+    return _TREES[key]
+
+  context["toctree"] = toctree
+
+
+_TREES: dict = {}
+
+
 def setup(app):
+  app.connect("html-page-context", _share_trees, priority=100)
   app.connect("builder-inited", lambda app: pages.write(), priority=1)
   app.connect("autodoc-process-signature", signatures.process_signature)
   app.connect(

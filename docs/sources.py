@@ -96,8 +96,13 @@ def methods(cls: ast.ClassDef) -> list[str]:
   ]
 
 
-def modules() -> Iterator[Module]:
+@functools.cache
+def modules() -> tuple[Module, ...]:
   """All files of the package, packages before what they hold."""
+  return tuple(_modules())
+
+
+def _modules() -> Iterator[Module]:
   for portion in PORTIONS:
     for path in sorted((ROOT / portion).rglob("*.py"), key=_place):
       parts = path.relative_to(ROOT).with_suffix("").parts
