@@ -109,7 +109,7 @@ def _rows(x, target, limit, starts, *, weigh):
     lane_dims=(-2,),
     vector_dim=-1,
   )
-  bits_of = _bits(plgpu, shape, layout)
+  bits_of, value_of = _bitcasts(plgpu, shape, layout)
 
   def body(
     x_ref: Any, target_ref: Any, limit_ref: Any, starts: Any, o_ref: Any
@@ -134,9 +134,10 @@ def _rows(x, target, limit, starts, *, weigh):
       x = within(x * _LOG2E, -3e38)
       x = within(jnp.exp2(x - wide(x.max(axis=1))), 0.0)
       target = target * x.sum(axis=1)
-    weight = within(jnp.ones_like(x) if weigh == "one" else x, 0.0)
-    # Those of -0 are a negative number's.
+    # Those of -0 are a negative number's; those of no candidate reach no bits
+    # that are looked for. Values are the same registers, read as floats.
     bits = within(jnp.maximum(bits_of(x), 0), -1)
+    weight = 1.0 if weigh == "one" else value_of(bits)
 
     def sum_of(these: Any):
       return jnp.where(these, weight, 0.0).sum(axis=1)
@@ -186,18 +187,25 @@ def _largest(holds: Any, like: Any, bits: int):
   return jax.lax.fori_loop(0, bits, settle, (least, step))[0]
 
 
-def _bits(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
-  """float32 -> the same bits as int32."""
+def _bitcasts(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
+  """float32 -> the same bits as int32, and back."""
   if interpreting():
-    return lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
-  wide = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout)
+    cast = jax.lax.bitcast_convert_type
+    return lambda x: cast(x, jnp.int32), lambda x: cast(x, jnp.float32)
 
-  @plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)
-  def bits_of(ctx: Any, x: Any):
-    from jaxlib.mlir import ir
+  def into(dtype: Any):
+    wide = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
 
-    del ctx
-    integer = ir.IntegerType.get_signless(32)
-    return x.bitcast(integer, output_is_signed=True)
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)
+    def cast(ctx: Any, x: Any):
+      from jaxlib.mlir import ir
 
-  return bits_of
+      del ctx
+      if dtype == jnp.int32:
+        integer = ir.IntegerType.get_signless(32)
+        return x.bitcast(integer, output_is_signed=True)
+      return x.bitcast(ir.F32Type.get())
+
+    return cast
+
+  return into(jnp.int32), into(jnp.float32)
