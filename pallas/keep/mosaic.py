@@ -131,8 +131,8 @@ def _rows(x, target, limit, starts, *, weigh):
     place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
     allowed = place < wide(load(limit_ref, at, layout.reduce(1)))
     if weigh == "softmax":
-      x = within(x * _LOG2E, -3e38)
-      x = within(jnp.exp2(x - wide(x.max(axis=1))), 0.0)
+      x = within(x, -3e38)
+      x = within(jnp.exp2((x - wide(x.max(axis=1))) * _LOG2E), 0.0)
       target = target * x.sum(axis=1)
     # Those of -0 are a negative number's; those of no candidate reach no bits
     # that are looked for. Values are the same registers, read as floats.
