@@ -58,19 +58,16 @@ def _lse(q, k, causal, scale):
   while s % (2 * pieces) == 0 and s // (2 * pieces) >= max(PIECE, rows):
     pieces *= 2
   size = s // pieces
-  at = jnp.arange(s, dtype=jnp.int32)
   q = jnp.broadcast_to(q[:, None], (b, pieces, rows, n, d))
   q, k = q.reshape(-1, rows, n, d), k.reshape(-1, size, heads, d)
-  settings: dict[str, Any] = {"scale": scale, "return_lse": True}
-  if causal and pieces == 1:
-    settings["causal"] = True
-  elif causal:
+  settings: dict[str, Any] = {"causal": causal, "scale": scale}
+  if causal and pieces > 1:
+    at = jnp.arange(s, dtype=jnp.int32)
     where = jnp.broadcast_to(at.reshape(pieces, size), (b, pieces, size))
     settings |= {
-      "causal": True,
       "q_positions": at[s - rows :].reshape(1, 1, rows),
       "kv_positions": where.reshape(-1, 1, size),
     }
   # Of the values nothing is wanted.
-  lse = attention(q, k, k[..., :1], **settings)[1]
+  lse = attention(q, k, k[..., :1], **settings, return_lse=True)[1]
   return jax.nn.logsumexp(lse.reshape(b, pieces, n, rows), axis=1)

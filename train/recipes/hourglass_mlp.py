@@ -19,7 +19,7 @@ Claim: at equal parameters an hourglass restores better than a conventional
   net, its lift may stay random, and the best hourglass gets deeper, wider, and
   narrower inside as the budget grows; paper's claim
 Result: +0.4 to +1.7 dB over the best conventional net at seven of eight points,
-  a tie at the other (one H100)
+  a tie at the other (one H100, in part two CPU cores)
 Measured: PSNR above the best conventional net's at 1.5, 3, 6 and 12M, in dB
   with 95% intervals of three seeds: denoising +1.73 +- 0.08, +1.63 +- 0.05,
   +1.67 +- 0.15, -0.00 +- 0.05; super-resolution +0.44 +- 0.05, +0.43 +- 0.11,

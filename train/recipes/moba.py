@@ -16,12 +16,12 @@ Simplified: bytes of Python's library instead of FineWeb-Edu, which makes eleven
 Command: python -m train.main --config moba
 Claim: smaller blocks and convolved keys make block routing as good as dense
   attention, in loss and in retrieval; paper's claim
-Result: the kernels: 12 times as fast as cuDNN's dense attention at 128K tokens
-  (one H100); the models are not run
+Result: 12 times as fast as cuDNN's dense attention at 128K tokens (one H100,
+  before the kernels' last change); the models are not run
 Measured: the kernels alone, forward and backward with the choice, blocks of
   128, 8 a query, 2 rows of 131,072 tokens, 16 heads of 128, bfloat16: 75.6 ms,
   and 915 of cuDNN's dense attention, one H100 80GB, jax 0.11.2; the README has
-  other lengths. `full`: not run; measured by us
+  other lengths; the kernels have changed since. `full`: not run; measured by us
 Check: none
 """
 

@@ -27,8 +27,8 @@ Simplified: a model of 135M with 4-bit weights, which may have read this text in
   to 8K) and `deep` have not been run, `speed` at 128K and 256K alone.
 Command: python -m train.main --config sparse_prefill
 Claim: none
-Result: 4 to 20 times as fast as cuDNN's dense attention at 128K (one H100);
-  recall is lost long before perplexity (SmolLM2, two CPU cores)
+Result: 4 to 20 times as fast as cuDNN at 128K (one H100, before the choice
+  changed), of .51 to .96 of the mass; recall is lost first (two CPU cores)
 Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   5.81, 1, .95. Window of 1/8, 1/4, 1/2: .43, 6.67, .90, .29; .60, 6.28, .94,
   .43; .85, 6.00, .97, .66. Top-k of the same: .32, 7.34, .83, .24; .49, 6.24,
