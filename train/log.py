@@ -110,6 +110,8 @@ class Writer:
   Args:
     workdir: where metrics.jsonl and the `tensorboard` folder go.
     step: the step the run starts from; later records are dropped.
+    again: a prefix whose records of `step` are dropped as well, to be made
+      again: a run may have died between them and its next save.
     enabled: False on every process but the first: nothing is written.
 
   Raises:
@@ -125,7 +127,12 @@ class Writer:
   """
 
   def __init__(
-    self, workdir: pathlib.Path, *, step: int = 0, enabled: bool = True
+    self,
+    workdir: pathlib.Path,
+    *,
+    step: int = 0,
+    again: str | None = None,
+    enabled: bool = True,
   ):
     self.enabled = enabled
     self._file = self._board = None
@@ -139,7 +146,11 @@ class Writer:
         bad = sum(bool(x.strip()) and _parse(x) is None for x in lines)
         if bad:
           _set_aside(path, f"{bad} of {len(lines)} lines are no records")
-      kept = [r for r in read(workdir) if r["step"] <= step]
+      kept = [
+        r
+        for r in read(workdir)
+        if r["step"] < step or (r["step"] == step and not _has_prefix(r, again))
+      ]
       manifest.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
       self._file = path.open("a", encoding="utf-8")
       try:
@@ -170,6 +181,10 @@ class Writer:
       if file is not None:
         with contextlib.suppress(OSError):  # said when it was written
           file.close()
+
+
+def _has_prefix(record: dict[str, Any], prefix: str | None) -> bool:
+  return prefix is not None and any(k.startswith(prefix + "/") for k in record)
 
 
 @contextlib.contextmanager

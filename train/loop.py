@@ -205,7 +205,12 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
       )
 
     # --- logs ---
-    writer = log.Writer(workdir, step=start, enabled=first)
+    # The run was stopped before an evaluation, or its settings were others.
+    owed = bool(start) and due(start, job.eval_every, job.steps)
+    owed = owed and not (ckpt.extra(start) or {}).get("evaluated")
+    writer = log.Writer(
+      workdir, step=start, again="eval" if owed else None, enabled=first
+    )
     stack.callback(writer.close)
     bar = log.Bar("train", steps=job.steps, start=start, enabled=first)
     stack.callback(bar.close)
@@ -269,10 +274,8 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
 
     if asked.asked:
       return stopped(start)
-    if start and due(start, job.eval_every, job.steps):
-      # The run was stopped before it, or its settings were others.
-      if not (ckpt.extra(start) or {}).get("evaluated") and not evaluate(start):
-        return stopped(start)
+    if owed and not evaluate(start):
+      return stopped(start)
 
     # --- train; a step's metrics are fetched when the next one is under way ---
     pending: tuple[int, dict[str, jax.Array]] | None = None

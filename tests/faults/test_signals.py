@@ -127,6 +127,27 @@ def test_stopped_in(whole, tmp_path, monkeypatch, capsys, moment):
   same_run(workdir, whole)
 
 
+def test_dies_after_an_evaluation_that_was_made_up_for(
+  whole, tmp_path, monkeypatch
+):
+  """Stopped before it, evaluated when resumed, killed before a save."""
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _during(patch, loop.Run, "evaluate", 2, signal.SIGTERM)
+    assert run("--workdir", workdir) == 0  # step 8
+
+  def dies(*_, **__):
+    raise MemoryError
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Checkpointer, "save", dies)
+    with pytest.raises(MemoryError):
+      run("--workdir", workdir)
+  assert [r["step"] for r in records(workdir) if "eval/loss" in r] == [4, 8]
+  assert run("--workdir", workdir) == 0
+  same_run(workdir, whole)
+
+
 @process
 def test_a_long_evaluation_does_not_hold_it_up(tmp_path, uninterrupted):
   """Of 1,000 batches a second apart, none is waited for but the first."""

@@ -43,6 +43,20 @@ def test_later_steps_are_forgotten_on_resume(tmp_path):
   assert _steps(tmp_path) == [1]
 
 
+def test_what_is_made_again_is_forgotten(tmp_path):
+  writer = log.Writer(tmp_path)
+  for step in (1, 2):
+    writer.write(step, {"loss": 1.0})
+    writer.write(step, {"loss": 2.0}, "eval")
+  writer.close()
+  log.Writer(tmp_path, step=2, again="eval").close()
+  assert [tuple(r) for r in log.read(tmp_path)] == [
+    ("step", "train/loss"),
+    ("step", "eval/loss"),
+    ("step", "train/loss"),
+  ]
+
+
 @pytest.mark.parametrize(
   "cut", ['{"step": 3, "tr', "\x00\x00\x00", "\n\n", "3"]
 )
