@@ -44,8 +44,8 @@ def pytest_configure(config):
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
   signal.signal(signal.SIGINT, signal.default_int_handler)
   if not _asked(config, "gpu"):
-    # Programs run once here, and most of a run is XLA's work on them: without
-    # LLVM's optimisations, and with the emitters that need no MLIR, it is half.
+    # Programs run once here, and most of a run is XLA's work on them: up to
+    # half less without LLVM's optimisations and by emitters that need no MLIR.
     # XLA_FLAGS=--xla_backend_optimization_level=3 runs what users run.
     level = "xla_backend_optimization_level"
     if level not in (flags := os.environ.get("XLA_FLAGS", "")):
