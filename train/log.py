@@ -146,11 +146,10 @@ class Writer:
         bad = sum(bool(x.strip()) and _parse(x) is None for x in lines)
         if bad:
           _set_aside(path, f"{bad} of {len(lines)} lines are no records")
-      kept = [
-        r
-        for r in read(workdir)
-        if r["step"] < step or (r["step"] == step and not _has_prefix(r, again))
-      ]
+      kept = [r for r in read(workdir) if r["step"] <= step]
+      if again is not None:
+        old = lambda r: any(k.startswith(f"{again}/") for k in r)
+        kept = [r for r in kept if r["step"] < step or not old(r)]
       manifest.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
       self._file = path.open("a", encoding="utf-8")
       try:
@@ -181,10 +180,6 @@ class Writer:
       if file is not None:
         with contextlib.suppress(OSError):  # said when it was written
           file.close()
-
-
-def _has_prefix(record: dict[str, Any], prefix: str | None) -> bool:
-  return prefix is not None and any(k.startswith(prefix + "/") for k in record)
 
 
 @contextlib.contextmanager
