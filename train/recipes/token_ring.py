@@ -15,20 +15,31 @@ Simplified: arithmetic, no measurement: one rate of attention at all sizes, no
   those of ours. What `python -m
   isthmus.attention.bench.rings --out DIR` measures goes onto the plot with
   `--set measured=DIR/rings.json`. On two devices a ring of keys uses both
-  directions too, so that TokenRing's own claim is not tested.
+  directions too; what TokenRing claims is of more.
 Command: python -m train.main --config token_ring
 Claim: on four A10s, 32 heads of width 128 and 24,000 tokens, a step takes 3.5
   to 4.6 ms, against 7.6 of a ring of keys; paper's claim
-Result: two GPUs are 1.98 times one at 128K tokens, forward and backward (H200)
-Measured: `attention.bench.rings`, 131,072 causal tokens of width 128, bfloat16,
-  forward and backward, two H200s of one host against one of them, jax 0.11.2,
-  ms and speed. 16 heads on 16 (479 on one): token_ring (chosen) 241.9, 1.98;
-  kv_ring_bidir 244.1, 1.96; kv_ring 244.4, 1.96; ulysses 244.7, 1.96;
-  all_gather 247.3, 1.94. 32 on 8 (965): kv_ring (chosen) 488.3, 1.98;
-  all_gather 486.2, 1.98; kv_ring_bidir 486.9, 1.98; token_ring 489.0, 1.97;
-  ulysses 494.4, 1.95. What is sent takes 1.8 to 6.6 ms by itself. For 32 on
-  8 that is 0.76 to 0.78 of the model's time: attention runs there at 505 TF/s,
-  not 400; measured by us
+Result: two GPUs are 1.95 times one at 128K tokens, forward and backward, four
+  3.77; 16 heads: TokenRing 1.04 times a ring of keys on four (H200)
+Measured: `attention.bench.rings --dim 128 --passes fwd+bwd --quick`, causal,
+  bfloat16, H200s of one host behind an NVLink switch against one of them, jax
+  0.11.2, ms and speed at 131,072 tokens; the README has other lengths. Two GPUs,
+  16 heads on 16 (474.6 on one): token_ring (chosen) 243.7, 1.95; kv_ring 244.7,
+  1.94; kv_ring_bidir 245.2, 1.94; ulysses 246.7, 1.92; all_gather 247.9, 1.91.
+  32 on 8 (969.0): kv_ring (chosen) 493.7, 1.96; all_gather 493.3, 1.96;
+  kv_ring_bidir 495.5, 1.96; token_ring 499.6, 1.94; ulysses 502.9, 1.93. Four,
+  16 on 16 (472.8): ulysses (chosen) 125.6, 3.77; token_ring 129.2, 3.66;
+  kv_ring_bidir 133.2, 3.55; kv_ring 134.3, 3.52; at 262,144 tokens ulysses 3.81,
+  token_ring 3.75. 32 on 8 (958.9): ulysses (chosen) 252.9, 3.79; kv_ring_bidir
+  251.1, 3.82. What four send by itself, ms: ulysses 1.5, token_ring 5.1,
+  kv_ring 6.8, kv_ring_bidir 8.0: TokenRing gains by fewer bytes, not by using
+  both directions, which a switch doesn't have apart. Of a call on two GPUs 1 to
+  4% goes into sends, waiting included, and 15 to 44% of that is under kernels.
+  By `full` with `length=131072 flops=5.1e14 ahead=4.5e11 behind=4.5e11
+  links=one`, whose plot the gallery has, what was measured is 1.00 to 1.01 of
+  the model's time (16 heads, two GPUs), 1.02 to 1.03 (32, two), 1.02 to 1.10
+  (16, four) and 1.03 to 1.04 (32, four).
+  Eight GPUs: not run; measured by us
 Check: smoke: group_break_even/kv_ring = 2.64 +- 0.01,
   group_break_even/kv_ring_bidir = 1.32 +- 0.01; arithmetic
 """
@@ -105,8 +116,10 @@ class Rings:
     latency: seconds of every step in which something is sent.
     measured: JSON with rows that were measured, or "" for none: a list, or
       `{"rows": [...]}`. A row has `devices`, `group`, `schedule`, `which`, `ms`
-      and `case` with `length`, `heads`, `width`, `mask`. Those of other sizes
-      are counted and left out.
+      and `case` with `length`, `heads`, `width`, `mask`. Times of another
+      number of heads are scaled to `heads`, to which bytes and compute are in
+      proportion, unless `latency` is set. Rows that differ otherwise are
+      counted and left out.
 
   Raises:
     ValueError: sizes that don't divide, or are none.
@@ -246,6 +259,7 @@ class Rings:
         if r["schedule"] not in SCHEDULES or not r["ms"] > 0:
           raise ValueError(f"schedule {r['schedule']!r} in {r['ms']} ms")
         r["same"] = self.is_mine(r)
+        r["seconds"] = r["ms"] / 1e3 * self.heads / r["case"]["heads"]
     except (OSError, KeyError, TypeError, ValueError) as error:
       raise ValueError(
         f"measured {self.measured} has no rows of rings: {error!r}"
@@ -253,14 +267,12 @@ class Rings:
     return rows
 
   def is_mine(self, row: dict[str, Any]) -> bool:
-    """Whether a row was measured at the sizes of this job."""
+    """Whether a row was measured at this job's sizes, but for its heads."""
     case, mask = row["case"], "causal" if self.causal else "dense"
-    sizes = (self.length, self.heads, self.head_dim, mask, self.which)
-    keys = ("length", "heads", "width", "mask")
-    return (
-      *(case[key] for key in keys),
-      row["which"],
-    ) == sizes and case.get("batch", 1) == 1
+    sizes = (self.length, self.head_dim, mask, self.which)
+    found = (case["length"], case["width"], case["mask"], row["which"])
+    heads = case["heads"] == self.heads or not self.latency
+    return found == sizes and heads and case.get("batch", 1) == 1
 
   def busier(self, point: Point) -> float:
     """Bytes of the busier direction; of both where links work one at a time."""
@@ -430,7 +442,7 @@ def place(
   Of rows for one point the last counts.
   """
   found = {
-    (r["group"], r["devices"], r["schedule"]): r["ms"] / 1e3
+    (r["group"], r["devices"], r["schedule"]): r["seconds"]
     for r in rows
     if r["same"]
   }

@@ -12,7 +12,7 @@ from isthmus.train.study import Study
 
 CASES = [
   f"{kind}{taps}"
-  for kind in ("dense", "moba-b128", "moba-b64", "moba-b32")
+  for kind in ("dense", "moba-b32", "moba-b64", "moba-b128")
   for taps in ("", "-k3")
 ]
 

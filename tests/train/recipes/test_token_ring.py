@@ -184,6 +184,19 @@ def test_measured_points_are_beside_the_models(tmp_path):
   assert len(saved) == len(SMOKE.points())
 
 
+def test_half_the_heads_take_half_the_time(tmp_path):
+  """Rows of 16 heads are points of 32, where no step costs a latency."""
+  rows = [row(case={"heads": 16}, ms=250.0)]
+  (tmp_path / "rows.json").write_text(json.dumps(rows))
+  read = {"measured": str(tmp_path / "rows.json")}
+  results = changed(**read).run(tmp_path / "scaled")
+  model = by_key(SMOKE.points())[4, 2, "kv_ring"].seconds
+  got = results["group=4/devices=2/kv_ring/measured_over_model"]
+  assert got == pytest.approx(0.5 / model)
+  results = changed(**read, latency=1e-5).run(tmp_path / "latency")
+  assert (results["measured"], results["left_out"]) == (0, 1)
+
+
 def test_a_point_is_drawn_where_it_was_measured(tmp_path, monkeypatch):
   from matplotlib.axes import Axes
 
