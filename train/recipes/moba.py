@@ -20,9 +20,9 @@ Result: 13 times as fast as cuDNN's dense attention at 128K tokens (one H100),
   84 as FlashAttention-2 at 512K (one H200); the models are not run
 Measured: the kernels alone, forward and backward with the choice, blocks of
   128, 8 a query, 16 heads of 128, bfloat16, jax 0.11.2: of 2 rows of 131,072
-  tokens 71.3 ms, and 923 of cuDNN's dense attention (one H100 80GB); of 1 row of
-  524,288 145 ms, and 12,174 of FlashAttention-2 by torch (one H200). The README
-  has other lengths and blocks. `full`: not run; measured by us
+  tokens 71.3 ms, and 923 of cuDNN's dense attention (one H100 80GB); of one row
+  of 524,288 145 ms, and 12,174 of FlashAttention-2 by torch (one H200). The
+  README has other lengths and blocks. `full`: not run; measured by us
 Check: none
 """
 

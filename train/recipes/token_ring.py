@@ -23,23 +23,23 @@ Result: two GPUs are 1.95 times one at 128K tokens, forward and backward, four
   3.77; 16 heads: TokenRing 1.04 times a ring of keys on four (H200)
 Measured: `attention.bench.rings --dim 128 --passes fwd+bwd --quick`, causal,
   bfloat16, H200s of one host behind an NVLink switch against one of them, jax
-  0.11.2, ms and speed at 131,072 tokens; the README has other lengths. Two GPUs,
-  16 heads on 16 (474.6 on one): token_ring (chosen) 243.7, 1.95; kv_ring 244.7,
-  1.94; kv_ring_bidir 245.2, 1.94; ulysses 246.7, 1.92; all_gather 247.9, 1.91.
-  32 on 8 (969.0): kv_ring (chosen) 493.7, 1.96; all_gather 493.3, 1.96;
+  0.11.2, ms and speed at 131,072 tokens; the README has other lengths. Two
+  GPUs, 16 heads on 16 (474.6 on one): token_ring (chosen) 243.7, 1.95; kv_ring
+  244.7, 1.94; kv_ring_bidir 245.2, 1.94; ulysses 246.7, 1.92; all_gather 247.9,
+  1.91. 32 on 8 (969.0): kv_ring (chosen) 493.7, 1.96; all_gather 493.3, 1.96;
   kv_ring_bidir 495.5, 1.96; token_ring 499.6, 1.94; ulysses 502.9, 1.93. Four,
   16 on 16 (472.8): ulysses (chosen) 125.6, 3.77; token_ring 129.2, 3.66;
-  kv_ring_bidir 133.2, 3.55; kv_ring 134.3, 3.52; at 262,144 tokens ulysses 3.81,
-  token_ring 3.75. 32 on 8 (958.9): ulysses (chosen) 252.9, 3.79; kv_ring_bidir
-  251.1, 3.82. What four send by itself, ms: ulysses 1.5, token_ring 5.1,
-  kv_ring 6.8, kv_ring_bidir 8.0: TokenRing gains by fewer bytes, not by using
-  both directions, which a switch doesn't have apart. Of a call on two GPUs 1 to
-  4% goes into sends, waiting included, and 15 to 44% of that is under kernels.
-  By `full` with `length=131072 flops=5.1e14 ahead=4.5e11 behind=4.5e11
-  links=one`, whose plot the gallery has, what was measured is 1.00 to 1.01 of
-  the model's time (16 heads, two GPUs), 1.02 to 1.03 (32, two), 1.02 to 1.10
-  (16, four) and 1.03 to 1.04 (32, four).
-  Eight GPUs: not run; measured by us
+  kv_ring_bidir 133.2, 3.55; kv_ring 134.3, 3.52; at 262,144 tokens ulysses
+  3.81, token_ring 3.75. 32 on 8 (958.9): ulysses (chosen) 252.9, 3.79;
+  kv_ring_bidir 251.1, 3.82. What four send by itself, ms: ulysses 1.5,
+  token_ring 5.1, kv_ring 6.8, kv_ring_bidir 8.0: TokenRing gains by fewer
+  bytes, not by using both directions, which a switch doesn't have apart. Of a
+  call on two GPUs 1 to 4% goes into sends, waiting included, and 15 to 44% of
+  that is under kernels. By `full` with `length=131072 flops=5.1e14 ahead=4.5e11
+  behind=4.5e11 links=one`, whose plot the gallery has, what was measured is
+  1.00 to 1.01 of the model's time (16 heads, two GPUs), 1.02 to 1.03 (32, two),
+  1.02 to 1.10 (16, four) and 1.03 to 1.04 (32, four). Eight GPUs: not run;
+  measured by us
 Check: smoke: group_break_even/kv_ring = 2.64 +- 0.01,
   group_break_even/kv_ring_bidir = 1.32 +- 0.01; arithmetic
 """
