@@ -146,8 +146,9 @@ def compare(
     "gzip -9": text.gzip_bits(held_out),
     "5-gram": text.ngram_bits(train, held_out, order=5),
     "xz -9": text.xz_bits(held_out),
-    "this model": results["eval/bits_per_byte"],
   }
+  if "eval/bits_per_byte" in results:  # not with eval_every=0
+    bits["this model"] = results["eval/bits_per_byte"]
   _plot(bits, workdir / "bits_per_byte.png")
   for name, value in bits.items():
     print(f"{name:12s} {value:.3f} bits a byte")
@@ -173,7 +174,7 @@ def _plot(bits: dict[str, float], path: pathlib.Path) -> None:
   figure = Figure(figsize=(6, 3), layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
-  colors = ["tab:gray"] * (len(bits) - 1) + ["tab:blue"]
+  colors = ["tab:blue" if name == "this model" else "tab:gray" for name in bits]
   bars = axes.barh(list(bits), list(bits.values()), color=colors)
   axes.bar_label(bars, fmt="%.3f", padding=3)
   axes.set_xlabel("bits a byte on held-out files (lower is better)")
