@@ -78,35 +78,16 @@ def backward(
     [(1, 130, 2, 40), (1, 130, 2, 40), (1, 130, 2, 40)]
   """
   from isthmus.pallas.flash.configs import configs
-  from isthmus.pallas.flash.mosaic_backward import (
-    backward_keys,
-    backward_queries,
-  )
 
-  (t, _, d), (s, _, value_width) = q.shape[1:], v.shape[1:]
+  d, value_width = q.shape[3], v.shape[3]
   width, wide = _widths(q, v)
   q, k, v, do = (
     _widen(x, size)
     for x, size in ((q, width), (k, width), (v, wide), (do, wide))
   )
   config = configs(width, wide)
-  k, v = _clean_keys(options, q, k, v, extras)
-  if may_miss(options, extras, t, s):
-    # A row without keys passes nothing on, whatever it and do hold.
-    rows = jnp.swapaxes(jnp.isneginf(lse), 1, 2)[..., None]
-    q, do = jnp.where(rows, 0, q), jnp.where(rows, 0, do)
-  short = [(0, 0), (0, 0), (0, -t % BLOCK)]
-  lse2 = jnp.pad(joint.weightless(lse) * _LOG2E, short, constant_values=jnp.inf)
-  plan = _plan(options, q, k, extras, None)
-  turned = _transposed(plan, k.shape[2])
-  arrays = (*(_even(x) for x in (q, k, v, do)), lse2, jnp.pad(delta, short))
-  dq = backward_queries(*arrays, plan, options, config.queries)
-  keys = functools.partial(backward_keys, *arrays, turned, options, config.keys)
-  if width > 128:
-    (dk,), (dv,) = keys(wanted=("dk",)), keys(wanted=("dv",))
-  else:
-    dk, dv = keys()
-  return dq[:, :t, :, :d], dk[:, :s, :, :d], dv[:, :s, :, :value_width]
+  dq, dk, dv = _walk_back(options, config, q, k, v, extras, do, lse, delta)
+  return dq[..., :d], dk[..., :d], dv[..., :value_width]
 
 
 def refuse(q, k, v, extras: Extras, *, options: Options) -> str | None:
@@ -152,13 +133,9 @@ def refuse_call(q, k, v, extras: Extras, options: Options) -> str | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, q, k, v, sinks, extras):
   from isthmus.pallas.flash.configs import configs
-  from isthmus.pallas.flash.mosaic_forward import forward
 
-  k, v = _clean_keys(options, q, k, v, extras)
-  plan = _plan(options, q, k, extras, sinks)
-  config = configs(q.shape[3], v.shape[3]).forward
-  o, lse = forward(*(_even(x) for x in (q, k, v)), plan, options, config)
-  return o[:, : q.shape[1]], lse[..., : q.shape[1]]
+  config = configs(q.shape[3], v.shape[3])
+  return _walk(options, config, q, k, v, sinks, extras)
 
 
 def _forward(options, q, k, v, sinks, extras):
@@ -178,6 +155,46 @@ def _backward(options, residuals, cotangents):
 _attend.defvjp(_forward, _backward)
 
 _LOG2E = 1.4426950408889634
+
+
+# A model's layers differ in nothing that these two are compiled for: under jit
+# they are traced and lowered once, not once a layer, which takes two seconds.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk(options, config, q, k, v, sinks, extras):
+  from isthmus.pallas.flash.mosaic_forward import forward
+
+  k, v = _clean_keys(options, q, k, v, extras)
+  plan = _plan(options, q, k, extras, sinks)
+  arrays = (_even(x) for x in (q, k, v))
+  o, lse = forward(*arrays, plan, options, config.forward)
+  return o[:, : q.shape[1]], lse[..., : q.shape[1]]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk_back(options, config, q, k, v, extras, do, lse, delta):
+  from isthmus.pallas.flash.mosaic_backward import (
+    backward_keys,
+    backward_queries,
+  )
+
+  t, s, width = q.shape[1], k.shape[1], q.shape[3]
+  k, v = _clean_keys(options, q, k, v, extras)
+  if may_miss(options, extras, t, s):
+    # A row without keys passes nothing on, whatever it and do hold.
+    rows = jnp.swapaxes(jnp.isneginf(lse), 1, 2)[..., None]
+    q, do = jnp.where(rows, 0, q), jnp.where(rows, 0, do)
+  short = [(0, 0), (0, 0), (0, -t % BLOCK)]
+  lse2 = jnp.pad(joint.weightless(lse) * _LOG2E, short, constant_values=jnp.inf)
+  plan = _plan(options, q, k, extras, None)
+  turned = _transposed(plan, k.shape[2])
+  arrays = (*(_even(x) for x in (q, k, v, do)), lse2, jnp.pad(delta, short))
+  dq = backward_queries(*arrays, plan, options, config.queries)
+  keys = functools.partial(backward_keys, *arrays, turned, options, config.keys)
+  if width > 128:
+    (dk,), (dv,) = keys(wanted=("dk",)), keys(wanted=("dv",))
+  else:
+    dk, dv = keys()
+  return dq[:, :t], dk[:, :s], dv[:, :s]
 
 
 def _plan(options, q, k, extras, sinks):

@@ -5,6 +5,7 @@ that are not negative rise with their values: the least value kept is found bit
 by bit, by a sum over the row for each, which takes shuffles and no memory.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -85,6 +86,7 @@ def refuse(x: Any, target: Any, limit: Any, *, options: Options) -> str | None:
   return None
 
 
+@functools.partial(jax.jit, static_argnames="weigh")  # lowered once a model
 def _rows(x, target, limit, starts, *, weigh):
   """1 where a number is kept, else 0.
 

@@ -31,6 +31,7 @@ LOG2E = math.log2(math.e)
 TILE, STAGES = 128, 2
 
 
+@functools.partial(jax.jit, static_argnames=("lengths", "options"))
 def reduce_tiles(x, y, lse, *, lengths, options):
   """As `ref.reduce_scores`, of padded arrays.
 

@@ -289,6 +289,20 @@ def test_each_kernel_is_in_the_cuda_program_once(widths, kernels):
 
 
 @needs_mosaic
+def test_layers_alike_are_lowered_once():
+  """A kernel takes a second: a decoder whose layers are written out has many."""
+  call = Call((256, 256), (2, 2), predicate=causal(256, 256))
+  args, *_ = shapes(call)
+
+  def three(q, k, v):
+    for _ in range(3):
+      q = mosaic.attend(q, k, v, Extras(), options=call.options)[0]
+    return q.astype(jnp.float32).sum()
+
+  assert lowered(jax.grad(three, (0, 1, 2)), *args)[1] == ONE_PASS
+
+
+@needs_mosaic
 def test_what_is_lowered_has_no_t_times_s_array():
   t = s = 4096
   ids = jax.ShapeDtypeStruct((1, 1, t), jnp.int32)
