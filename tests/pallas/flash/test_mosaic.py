@@ -290,7 +290,7 @@ def test_each_kernel_is_in_the_cuda_program_once(widths, kernels):
 
 @needs_mosaic
 def test_layers_alike_are_lowered_once():
-  """A kernel takes a second: a decoder whose layers are written out has many."""
+  """A kernel takes a second, and a decoder of written-out layers has many."""
   call = Call((256, 256), (2, 2), predicate=causal(256, 256))
   args, *_ = shapes(call)
 
