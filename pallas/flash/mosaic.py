@@ -158,7 +158,7 @@ _LOG2E = 1.4426950408889634
 
 
 # A model's layers differ in nothing that these two are compiled for: under jit
-# they are traced and lowered once, not once a layer, which takes two seconds.
+# they are traced and lowered once, which takes seconds, not once a layer.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _walk(options, config, q, k, v, sinks, extras):
   from isthmus.pallas.flash.mosaic_forward import forward

@@ -67,6 +67,17 @@ def test_it_is_in_the_cuda_program_once(weigh):
   assert "2x4x64x2048xf32" not in text and "512x2048xf32" not in text
 
 
+@needs_mosaic
+def test_layers_alike_are_lowered_once():
+  x = jax.ShapeDtypeStruct((1, 1, 8, 1024), jnp.float32)
+  target = jax.ShapeDtypeStruct((1, 1, 8), jnp.float32)
+  limit = jax.ShapeDtypeStruct((8,), jnp.int32)
+  one = lambda *a: mosaic.keep(*a, options=Options("value"))
+  f = jax.jit(lambda x, *a: one(x, *a) & one(2 * x, *a))
+  text = f.trace(x, target, limit).lower(lowering_platforms=("cuda",)).as_text()
+  assert len(re.findall(r"custom_call @\w*mosaic_gpu\w*", text)) == 1
+
+
 @pytest.mark.once
 @needs_mosaic
 @pytest.mark.parametrize(

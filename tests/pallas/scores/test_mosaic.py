@@ -42,6 +42,16 @@ def test_it_lowers_for_a_gpu(side, queries):
 
 
 @needs_mosaic
+def test_layers_alike_are_lowered_once():
+  x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+  lse = jax.ShapeDtypeStruct((1, 2, 1024), jnp.float32)
+  one = lambda *a: mosaic.reduce_scores(*a, options=Options(32))
+  f = jax.jit(lambda x, y, lse: one(x, y, lse) + one(y, x, lse))
+  text = f.trace(x, x, lse).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@needs_mosaic
 @pytest.mark.parametrize(
   "dtype, d, side, said",
   [
