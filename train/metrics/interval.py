@@ -1,7 +1,7 @@
 """Means with intervals, and what they say of a statement."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 #: What is said of a statement.
@@ -54,6 +54,72 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
   variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
   half = float(stats.t.ppf((1 + level) / 2, n - 1)) * math.sqrt(variance / n)
   return Interval(mean, mean - half, mean + half)
+
+
+def differences(
+  rows: Mapping[str, Sequence[float]], *, over: str, level: float = 0.95
+) -> dict[str, Interval]:
+  """Mean differences of every row from one of them, with intervals.
+
+  A value is taken for row + column + noise, the noise of one variance
+  everywhere, so that few columns (seeds) serve if there are many rows (cases):
+  with `s^2` the squares that rows and columns leave, over their `f = (rows - 1)
+  (columns - 1)` degrees of freedom, `mean +- t_f s sqrt(2 / columns)`. Of two
+  rows that is `interval` of their differences.
+
+  Args:
+    rows: name -> values, one a column.
+    over: the row that others are compared with.
+    level: as of `interval`, of each difference by itself.
+
+  Returns:
+    The difference of every row but `over`.
+
+  Raises:
+    ValueError: fewer than two rows or columns, rows of other lengths, no row
+      `over`, a level outside (0, 1).
+
+  Example:
+    >>> found = differences({"a": [1.0, 2.0], "b": [1.5, 2.7]}, over="a")
+    >>> print(found["b"])
+    +0.600 [-0.671, +1.871]
+  """
+  from scipy import stats
+
+  if over not in rows:
+    raise ValueError(f"there is no row {over!r}: {', '.join(rows)}")
+  columns = len(rows[over])
+  if len(rows) < 2 or columns < 2:
+    raise ValueError(
+      f"{len(rows)} rows of {columns} values have no interval; it takes at "
+      "least 2 of 2"
+    )
+  if wrong := [name for name, row in rows.items() if len(row) != columns]:
+    raise ValueError(f"row {wrong[0]!r} hasn't {columns} values, as {over!r}")
+  if not 0 < level < 1:
+    raise ValueError(f"level is {level}; it is between 0 and 1")
+  means = {name: math.fsum(row) / columns for name, row in rows.items()}
+  mean = math.fsum(means.values()) / len(rows)
+  of_column = [
+    math.fsum(row[i] for row in rows.values()) / len(rows)
+    for i in range(columns)
+  ]
+  freedom = (len(rows) - 1) * (columns - 1)
+  variance = (
+    math.fsum(
+      (value - means[name] - of_column[i] + mean) ** 2
+      for name, row in rows.items()
+      for i, value in enumerate(row)
+    )
+    / freedom
+  )
+  t = float(stats.t.ppf((1 + level) / 2, freedom))
+  half = t * math.sqrt(2 * variance / columns)
+  return {
+    name: Interval(gap := means[name] - means[over], gap - half, gap + half)
+    for name in rows
+    if name != over
+  }
 
 
 def positive(x: Interval) -> Verdict:

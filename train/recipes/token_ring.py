@@ -27,11 +27,14 @@ Measured: `attention.bench.rings --dim 128 --passes fwd+bwd --quick`, causal,
   GPUs, 16 heads on 16 (474.6 on one): token_ring (chosen) 243.7, 1.95; kv_ring
   244.7, 1.94; kv_ring_bidir 245.2, 1.94; ulysses 246.7, 1.92; all_gather 247.9,
   1.91. 32 on 8 (969.0): kv_ring (chosen) 493.7, 1.96; all_gather 493.3, 1.96;
-  kv_ring_bidir 495.5, 1.96; token_ring 499.6, 1.94; ulysses 502.9, 1.93. Four,
+  kv_ring_bidir 495.5, 1.96; token_ring 499.6, 1.94; ulysses 502.9, 1.93. At
+  262,144 the chosen ones are 1.96 and 1.99. Four,
   16 on 16 (472.8): ulysses (chosen) 125.6, 3.77; token_ring 129.2, 3.66;
-  kv_ring_bidir 133.2, 3.55; kv_ring 134.3, 3.52; at 262,144 tokens ulysses
-  3.81, token_ring 3.75. 32 on 8 (958.9): ulysses (chosen) 252.9, 3.79;
-  kv_ring_bidir 251.1, 3.82. What four send by itself, ms: ulysses 1.5,
+  kv_ring_bidir 133.2, 3.55; kv_ring 134.3, 3.52. 32 on 8 (958.9): ulysses
+  (chosen) 252.9, 3.79; kv_ring_bidir 251.1, 3.82. token_ring against kv_ring on
+  four, 16 heads: 1.06 at 65,536, 1.04 at 131,072, 1.01 at 524,288 (1943 and
+  1954 ms, 3.90 and 3.88 times one GPU).
+  What four send by itself, ms: ulysses 1.5,
   token_ring 5.1, kv_ring 6.8, kv_ring_bidir 8.0: TokenRing gains by fewer
   bytes, not by using both directions, which a switch doesn't have apart. Of a
   call on two GPUs 1 to 4% goes into sends, waiting included, and 15 to 44% of

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from isthmus.attention.layer import bound_moba
@@ -90,14 +91,16 @@ def test_report(excess, verdict, tmp_path):
   figures = recipe.compare(
     Study(grid=dict, seeds=3), tmp_path, _results(*excess)
   )
-  mean = sum(excess) / 3
+  mean = np.expm1(np.mean(np.log1p(excess)))
   assert figures["moba-b64/excess"] == pytest.approx(mean)
   assert figures["dense/excess"] == 0 and figures["dense/needle"] == 0.5
   text = (tmp_path / "report.md").read_text()
   assert f"within 1%: {verdict}" in text
+  assert "| 0.500 | +0.000 [+0.000, +0.000] |" in text
   assert (tmp_path / "moba.png").stat().st_size > 10_000
 
 
 def test_report_of_one_seed_has_no_interval(tmp_path):
   recipe.compare(Study(grid=dict, seeds=1), tmp_path, _results(0.02))
-  assert "within" not in (tmp_path / "report.md").read_text()
+  text = (tmp_path / "report.md").read_text()
+  assert "+0.0200" in text and "within" not in text
