@@ -10,6 +10,7 @@ by the quick encoder, see `isthmus.pallas.quant8.codec`, so that a number as
 near to one value as to the next may take another code than in XLA.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -57,21 +58,46 @@ def adam(
     >>> u.shape
     (16, 512)
   """
+  block, lines = m.block, g.size // m.block
+  factors = jnp.stack([jnp.asarray(x, jnp.float32) for x in _factors(rates)])
+  out, m1, ma, v1, va = _lines(
+    factors,
+    line_by_line(g, block),
+    (line_by_line(m.codes, block), m.absmax.reshape(lines)),
+    (line_by_line(v.codes, block), v.absmax.reshape(lines)),
+    None if p is None else line_by_line(p, block),
+    maps=(m.map, v.map),
+    looked=LOOKUP,
+  )
+  return out.reshape(g.shape), with_parts(m, m1, ma), with_parts(v, v1, va)
+
+
+# Parameters of one size are many: the kernel is traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("maps", "looked"))
+def _lines(factors, g, m, v, p, *, maps, looked):
+  """The step of lines, each a block.
+
+  Args:
+    factors: float32, the `Factors`.
+    g: [lines block].
+    m, v: codes [lines block] and scales [lines].
+    p: as g, or None.
+    maps: of the first and the second moment.
+    looked: `LOOKUP`.
+
+  Returns:
+    p or the updates, codes and scales of m, and of v.
+  """
   import jax.experimental.pallas as pl
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
-  block, rows = m.block, _rows(m.block)
-  lines = g.size // block
-  layout = _layout(plgpu, block)
-  factors = jnp.stack([jnp.asarray(x, jnp.float32) for x in _factors(rates)])
-  tables = [jnp.asarray(_values(table(q.map), q.map)) for q in (m, v)]
-  read, inverse = _functions(plgpu, (rows, block), layout)
-
+  lines, block = g.shape
+  m_map, v_map = maps
+  rows, layout = _rows(block), _layout(plgpu, block)
+  tables = [jnp.asarray(_values(table(map), map)) for map in maps]
+  read, inverse = _functions(plgpu, (rows, block), layout, looked)
   # Written where they are read: the moments and, if given, the parameters.
-  held = [line_by_line(m.codes, block), m.absmax.reshape(lines)]
-  held += [line_by_line(v.codes, block), v.absmax.reshape(lines)]
-  held += [] if p is None else [line_by_line(p, block)]
-  refs = [jax.new_ref(x) for x in held]
+  refs = [jax.new_ref(x) for x in (*m, *v, *([] if p is None else [p]))]
 
   def body(
     factors_ref: Any, m_table: Any, v_table: Any, g_ref: Any, *refs: Any
@@ -93,17 +119,17 @@ def adam(
     _hold(plgpu)
 
     g = g.astype(jnp.float32)
-    m1 = read(m_codes, m_table, m.map) * wide(by.m * m_scale) + by.g * g
-    v_scale = by.v * (jnp.square(v_scale) if v.map.root else v_scale)
-    v1 = read(v_codes, v_table, v.map) * wide(v_scale) + by.square * g * g
+    m1 = read(m_codes, m_table, m_map) * wide(by.m * m_scale) + by.g * g
+    v_scale = by.v * (jnp.square(v_scale) if v_map.root else v_scale)
+    v1 = read(v_codes, v_table, v_map) * wide(v_scale) + by.square * g * g
     root = jnp.sqrt(v1)
     u = m1 * inverse(by.root * root + by.eps)
     if old is not None:
       u = moved(old, u, Move(by.learning_rate, by.weight_decay))
     out_ref[at] = u
     for x, map, codes_ref, scale_ref in (
-      (m1, m.map, m_ref, ma_ref),
-      (root if v.map.root else v1, v.map, v_ref, va_ref),
+      (m1, m_map, m_ref, ma_ref),
+      (root if v_map.root else v1, v_map, v_ref, va_ref),
     ):
       scale = (jnp.abs(x) if map.signed else x).max(axis=1)
       # Its square is the inverse; a division is a call.
@@ -126,10 +152,9 @@ def adam(
       unsafe_no_auto_barriers=True,
     ),
   )
-  outs = kernel(factors, *tables, line_by_line(g, block), *refs)
-  m1, ma, v1, va, *rest = (jax.freeze(x) for x in refs)
-  out = (*rest, *outs)[0]
-  return out.reshape(g.shape), with_parts(m, m1, ma), with_parts(v, v1, va)
+  outs = kernel(factors, *tables, g, *refs)
+  out = outs[0] if p is None else jax.freeze(refs[4])
+  return (out, *(jax.freeze(x) for x in refs[:4]))
 
 
 def refuse(
@@ -242,7 +267,9 @@ def _hold(plgpu: Any) -> None:
   barrier()
 
 
-def _functions(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
+def _functions(
+  plgpu: Any, shape: tuple[int, int], layout: Any, looked: bool
+) -> Any:
   """(codes, table, map) -> values; x -> 1 / x; as one instruction each."""
   import jax.experimental.mosaic.gpu as mgpu
 
@@ -285,7 +312,7 @@ def _functions(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
       ),
     )
 
-  if LOOKUP:
+  if looked:
     return lambda codes, table, map: looked_up(codes, table), inverse
   return read, inverse
 

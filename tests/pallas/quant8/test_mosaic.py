@@ -119,6 +119,19 @@ def test_it_is_in_the_cuda_program_once(name):
   assert len(aliases) == (4 if p is None else 5)
 
 
+@needs_mosaic
+def test_parameters_of_one_size_are_lowered_once():
+  g, m, v, given, p = case()
+
+  def step(g, m, v, p):
+    p, m, v = mosaic.adam(g, m, v, given, p)
+    return mosaic.adam(2 * g, m, v, given, p)
+
+  lowered = jax.jit(step).trace(g, m, v, p).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert len(re.findall(r"custom_call @\w*mosaic_gpu\w*", text)) == 1
+
+
 @pytest.mark.once
 @needs_mosaic
 @pytest.mark.parametrize(
