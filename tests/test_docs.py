@@ -53,7 +53,9 @@ def site(tmp_path_factory):
   done = subprocess.run(
     [
       *(sys.executable, "-c", OFFLINE, "-W", "--keep-going", "-q"),
-      *("-b", "html", "-d", folder / "doctrees", DOCS, folder / "html"),
+      # Without names of a page's functions beside it: half the build's time.
+      *("-b", "html", "-D", "toc_object_entries=0"),
+      *("-d", folder / "doctrees", DOCS, folder / "html"),
     ],
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,

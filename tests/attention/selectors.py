@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isthmus.attention import BlockMask, attention
+from isthmus.attention import BlockMask
+from isthmus.attention import attention as plain_attention
 from tests.attention.oracle import inputs
+from tests.jitted import jitted
+
+attention = jitted(plain_attention)
+to_dense = jitted(BlockMask.to_dense)
 
 #: (b, t, n, k, d): odd lengths, groups, a row shorter than a block.
 SHAPES = ((2, 203, 4, 2, 16), (1, 128, 3, 3, 8), (1, 5, 2, 1, 8))
@@ -16,7 +21,7 @@ BLOCK = 16
 
 def blocks_of(mask: BlockMask) -> np.ndarray:
   """Bool [b, n, blocks, blocks], those of which some key is seen."""
-  dense = np.asarray(mask.to_dense())
+  dense = np.asarray(to_dense(mask))
   b, n, t, s = dense.shape
   ends = [(0, 0), (0, 0), (0, -t % BLOCK), (0, -s % BLOCK)]
   dense = np.pad(dense, ends)
@@ -40,10 +45,10 @@ def _check(select, whole, shape):
   b, t, n, k, d = shape
   q, key, v, *_ = inputs(b, t, t, n, k, d)
   # All that is kept is seen, causally: attention is dense.
-  mask = select(q, key, **whole)
+  mask = jitted(select)(q, key, **whole)
   causal = np.tril(np.ones((t, t), bool))
   np.testing.assert_array_equal(
-    np.broadcast_to(mask.to_dense(), (b, n, t, t)),
+    np.broadcast_to(to_dense(mask), (b, n, t, t)),
     np.broadcast_to(causal, (b, n, t, t)),
   )
   np.testing.assert_allclose(
@@ -60,7 +65,7 @@ def _check(select, whole, shape):
     return select(q, k)
 
   mask = f(q, key)
-  dense = np.broadcast_to(mask.to_dense(), (b, n, t, t))
+  dense = np.broadcast_to(to_dense(mask), (b, n, t, t))
   assert np.einsum("bntt->bnt", dense).all()
   assert not (dense & ~causal).any()
   assert not np.asarray(mask.dropped).any()

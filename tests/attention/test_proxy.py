@@ -7,30 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isthmus.attention import attention
-from isthmus.attention.proxy import (
-  block_budget,
-  proxy_attention,
-  proxy_scores,
-  proxy_select,
-)
+from isthmus.attention import proxy, sdpa
+from isthmus.attention.proxy import proxy_attention
 from tests.attention.oracle import inputs
 from tests.attention.selectors import BLOCK, blocks_of, check, no_square
+from tests.jitted import jitted
 
 pytestmark = pytest.mark.once
+
+attention = jitted(sdpa.attention)
+block_budget = jitted(proxy.block_budget)
+proxy_scores = jitted(proxy.proxy_scores)
+proxy_select = jitted(proxy.proxy_select)
 
 Q, K, V, *_ = inputs(2, 101, 101, 4, 2, 8)
 SMALL = {"block": BLOCK, "min_tokens": BLOCK}
 
 
 def test_the_suite():
-  select = functools.partial(proxy_select, **SMALL, gamma=0.3)
+  select = functools.partial(proxy.proxy_select, **SMALL, gamma=0.3)
   assert check(select, whole={"gamma": 1})
   assert check(functools.partial(select, stride=1), whole={"gamma": 1})
 
 
 def test_no_square_is_made():
-  assert no_square(proxy_select)
+  assert no_square(proxy.proxy_select)
 
 
 def softmax(q, k):

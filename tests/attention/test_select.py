@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 
 from isthmus.attention import Attention, attention
+from isthmus.attention import select as module
 from isthmus.attention.permute import pbs_attention
 from isthmus.attention.proxy import proxy_attention
-from isthmus.attention.select import (
-  antidiagonal_select,
-  pooled_select,
-  select_attention,
-  window_select,
-)
+from isthmus.attention.select import select_attention
 from isthmus.pallas.compat import has_mosaic, interpreted
 from isthmus.pallas.dispatch import prefer
 from isthmus.pallas.keep import ref as keep_ref
 from isthmus.pallas.scores import ref as scores_ref
 from tests.attention.oracle import inputs
 from tests.attention.selectors import BLOCK, blocks_of, check, no_square
+from tests.jitted import jitted
 
 pytestmark = pytest.mark.once
 
+antidiagonal_select = jitted(module.antidiagonal_select)
+pooled_select = jitted(module.pooled_select)
+window_select = jitted(module.window_select)
 Q, K, *_ = inputs(1, 96, 96, 4, 2, 8)
 
 
@@ -169,7 +169,7 @@ def test_a_layer_attends_over_what_is_selected():
   "attend, dtype",
   [
     (
-      functools.partial(select_attention, select=of(pooled_select)),
+      functools.partial(select_attention, select=of(module.pooled_select)),
       jnp.float32,
     ),
     (functools.partial(pbs_attention, block=16, segment=32), jnp.float32),
@@ -181,16 +181,19 @@ def test_gradients_pass_kernels_that_choose(attend, dtype, monkeypatch):
   q, k, v, do, _ = inputs(1, 96, 96, 2, 1, 16)
   q, k, v = (x.astype(dtype) for x in (q, k, v))
 
-  def loss(q, k, v):
-    return (attend(q, k, v, impl="xla").astype(jnp.float32) * do).sum()
+  def gradients():
+    def loss(q, k, v):
+      return (attend(q, k, v, impl="xla").astype(jnp.float32) * do).sum()
 
-  want = jax.grad(loss, (0, 1, 2))(q, k, v)
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+  want = gradients()
   # A kernel that is differentiated refuses, and plain XLA takes its place.
   monkeypatch.setattr(keep_ref, "keep", None)
   if dtype == jnp.bfloat16:
     monkeypatch.setattr(scores_ref, "reduce_scores", None)
   with interpreted(), prefer("mosaic", "xla"):
-    found = jax.grad(loss, (0, 1, 2))(q, k, v)
+    found = gradients()
   for x, y in zip(found, want, strict=True):
     np.testing.assert_allclose(x, y, atol=1e-2 if x.dtype != "f4" else 1e-6)
     assert np.abs(np.asarray(y, np.float32)).max() > 0.1
