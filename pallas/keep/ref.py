@@ -54,6 +54,10 @@ def keep(
     x = jnp.exp(x - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(x, axis=-1, keepdims=True)
     x = x / jnp.where(total == 0, 1.0, total)
+  # Once in memory: computed again for each pass over it, as XLA may fuse it,
+  # x could be rounded in more than one way, and the least value kept not be
+  # found again.
+  x = jax.lax.optimization_barrier(x)
   bits = jax.lax.bitcast_convert_type(x, jnp.int32)
   # Those of -0 are a negative number's.
   bits = jnp.where(allowed, jnp.maximum(bits, 0), -1)
