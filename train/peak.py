@@ -56,14 +56,12 @@ def measure(device: jax.Device, *, repeats: int = 5) -> float:
   inner = 8 if accelerator else 4
   dtype = jnp.bfloat16 if accelerator else jnp.float32
   draw = np.random.default_rng(0).standard_normal
-  tiles = (width // 1024,) * 2
   with jax.default_device(device):
     # By numpy, which has nothing to compile.
     a, b = (
-      jnp.asarray(np.tile(draw((1024, 1024), np.float32), tiles), dtype)
+      jnp.asarray(draw((width, width), np.float32) / width**0.5, dtype)
       for _ in range(2)
     )
-    a, b = a / width**0.5, b / width**0.5
 
     @jax.jit
     def chain(a, b):

@@ -166,7 +166,7 @@ def grid(
 
 
 def get_config(variant: str = "full") -> Study:
-  """`full`: 1.4 hours on an H200; `smoke`: seconds on a CPU.
+  """`full`: 1.5 hours on an H200; `smoke`: seconds on a CPU.
 
   The 16 runs of `full` may be shared: started several times in one `--workdir`,
   each process, on a GPU of its own, takes runs that no other has.
