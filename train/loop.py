@@ -221,7 +221,6 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
 
     latest: dict[str, float] = {}
     rates: dict[str, float] = {}
-    window = speed.take()
     evaluated: dict[str, float] = {}
 
     def poisoned(what: str) -> None:
@@ -247,17 +246,16 @@ def fit(job: "Fit", workdir: pathlib.Path) -> dict[str, float]:
 
     def finish(step: int, metrics: dict[str, jax.Array]) -> None:
       """Fetches a step's metrics, and stops the run if they are no numbers."""
-      nonlocal latest, window, rates
+      nonlocal latest, rates
       latest = {k: float(v) for k, v in jax.device_get(metrics).items()}
       speed.tick(step)
       for name in ("loss", "grad_norm"):
         if not math.isfinite(latest[name]):
           poisoned(f"{name} is {latest[name]} at step {step}")
       if due(step, job.log_every, job.steps):
-        fresh = speed.metrics(window)
+        fresh = speed.recent()
         latest.update(fresh)
         rates = fresh or rates
-        window = speed.take()
         writer.write(step, latest)
       shown = f"loss {latest['loss']:.4f}", speed.text(rates)
       bar.update(step, ", ".join(filter(None, shown)))

@@ -1,5 +1,6 @@
 """Steps a second, model FLOP/s, and the share of what a device can do."""
 
+import collections
 import math
 import time
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import jax
 
 from isthmus.train import log, peak
+
+#: Seconds of training that a rate is of, at least: the clock is read when a
+#: step's figures arrive, and of single steps that is early for some.
+SHORTEST = 0.5
 
 
 class Speed:
@@ -40,6 +45,7 @@ class Speed:
     self._scale = 1.0 / devices
     self._mark: tuple[int, float] | None = None
     self._steps, self._seconds = 0, 0.0
+    self._taken = collections.deque([self.take()])
 
   def tick(self, step: int) -> None:
     """Step `step` is done."""
@@ -58,7 +64,7 @@ class Speed:
     return self._steps, self._seconds
 
   def metrics(self, since: tuple[int, float] = (0, 0.0)) -> dict[str, float]:
-    """Rates since `since`, which is what `take` gave then."""
+    """Rates since `since`, which is what `take` gave then; or of all."""
     steps, seconds = self._steps - since[0], self._seconds - since[1]
     if not steps or seconds <= 0:
       return {}
@@ -75,6 +81,19 @@ class Speed:
       if self._sheet:
         out["mfu_datasheet"] = each / self._sheet
     return out
+
+  def recent(self) -> dict[str, float]:
+    """Rates since the last call, or since an earlier one.
+
+    It is the latest that is `SHORTEST` ago, or the first of all.
+    """
+    while (
+      len(self._taken) > 1 and self._seconds - self._taken[1][1] >= SHORTEST
+    ):
+      self._taken.popleft()
+    found = self.metrics(self._taken[0])
+    self._taken.append(self.take())
+    return found
 
   def text(self, metrics: dict[str, float]) -> str:
     """The figures of `metrics` that a progress bar has room for."""

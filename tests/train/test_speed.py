@@ -46,6 +46,21 @@ def test_compiling_and_pauses_do_not_count(made):
   assert rate.text(rate.metrics(since)) == "16 images/s"
 
 
+def test_a_recent_rate_is_of_half_a_second_or_more(made):
+  rate, clock, _ = made
+  rate.tick(0)
+  assert rate.recent() == {}  # nothing was timed yet
+  # Steps of 0.2 s whose figures arrive late, then early.
+  for step, now in enumerate((0.2, 0.55, 0.6, 0.8, 1.0, 1.2), start=1):
+    clock.now = 100.0 + now
+    rate.tick(step)
+    found = rate.recent()["steps_per_second"]
+    assert 3.6 < found < 5.1, (step, found)
+  clock.now = 103.0  # a step that alone is long enough
+  rate.tick(7)
+  assert rate.recent()["steps_per_second"] == pytest.approx(1 / 1.8)
+
+
 def test_a_clock_that_stands_gives_no_figure(made):
   rate, _, _ = made
   rate.tick(1)

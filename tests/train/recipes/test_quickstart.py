@@ -1,11 +1,14 @@
 """The quickstart's report, with and without an evaluation of the model."""
 
 import dataclasses
+import math
 
+import jax
 import pytest
 
 from isthmus.data.text import Text
 from isthmus.train.config import load
+from isthmus.train.loop import Run
 from isthmus.train.recipes import quickstart
 
 
@@ -45,3 +48,13 @@ def test_the_report_shows_the_model_where_it_was_evaluated(
     assert shown["this model"] == results["eval/bits_per_byte"]
   assert ("this model" in capsys.readouterr().out) == (eval_every is None)
   assert (tmp_path / "bits_per_byte.png").stat().st_size > 5000
+
+
+def test_1b_has_a_billion_parameters_that_every_axis_divides():
+  run = Run(load("quickstart:1b", ["mesh.fsdp=4", "mesh.model=2"]))
+  kernels = run.target.params["stack"]["blocks"]
+  assert sum(x.size for x in jax.tree.leaves(run.target.params)) == 1028214784
+  for kernel in jax.tree.leaves((kernels["attn"], kernels["mlp"])):
+    part = kernel.sharding.shard_shape(kernel.shape)
+    assert part[0] == 20 and 8 * math.prod(part) == kernel.size
+  assert run.eval is None
