@@ -9,6 +9,9 @@ import tempfile
 from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Tests run side by side: more threads than cores would wait for each other by
+# spinning, which makes a product of matrices ten times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Many tests train the same little run again: its step is compiled once, by
 # whichever process comes first. A folder a version, for jax doesn't tell them
 # apart; a folder a user, for it is executed.

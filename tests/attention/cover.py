@@ -95,15 +95,18 @@ def covering(whole: list[tuple], seed: int = 0) -> list[tuple]:
   """Some of the cases, with every pair of settings that all of them have."""
   whole = list(whole)
   random.Random(seed).shuffle(whole)
-  left = {pair for values in whole for pair in pairs(values)}
-  found = []
-  while left:
-    # The best of some hundred that hold a pair that is missing.
-    pair = min(left, key=repr)
-    holding = [values for values in whole if pair in pairs(values)]
-    best = max(holding[:400], key=lambda v: len(left.intersection(pairs(v))))
-    left -= pairs(best)
-    found.append(best)
+  holding: dict[tuple, list[tuple]] = {}
+  for values in whole:
+    for pair in pairs(values):
+      holding.setdefault(pair, []).append(values)
+  left, found = set(holding), []
+  for pair in sorted(left, key=repr):
+    if pair in left:
+      # The best of some hundred that hold a pair that is missing.
+      some = holding[pair][:400]
+      best = max(some, key=lambda v: len(left.intersection(pairs(v))))
+      left -= pairs(best)
+      found.append(best)
   return found
 
 

@@ -26,15 +26,20 @@ def dense_mask(
   """bool [b, n, t, s], decided element by element."""
   if kv_segment_ids is None:
     kv_segment_ids = segment_ids
+  # By numpy: a program for each element that is read would take most of a test.
+  segment_ids, kv_segment_ids, q_positions, kv_positions = (
+    None if x is None else np.asarray(x)
+    for x in (segment_ids, kv_segment_ids, q_positions, kv_positions)
+  )
   left, right = window if isinstance(window, tuple) else (window, window)
   mask = np.zeros((b, n, t, s), bool)
   for row, head, i, j in np.ndindex(b, n, t, s):
     p, r = i + s - t, j
     if q_positions is not None:
-      qp = np.asarray(q_positions)
+      qp = q_positions
       p = int(qp[row % qp.shape[0], head % qp.shape[1], i])
     if kv_positions is not None:
-      kp = np.asarray(kv_positions)
+      kp = kv_positions
       r = int(kp[row % kp.shape[0], (head * k // n) % kp.shape[1], j])
       if r == EMPTY:
         continue
