@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from isthmus.attention.schedule import SCHEDULES
 from isthmus.attention.simulate import Machine, simulate
-from isthmus.train import log
+from isthmus.train import log, rings_view
 from isthmus.train import workdir as folder
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
@@ -155,9 +155,9 @@ class Rings:
       points, left_out = place(self.points(), rows)
       results = self.results(points) | {"left_out": float(left_out)}
       log.write_json(path / "rings.json", [p._asdict() for p in points])
-      (path / "rings.md").write_text(self.table(points) + "\n")
-      print(self.digest(points))
-      self._plot(points, path / "rings.png")
+      (path / "rings.md").write_text(rings_view.table(self, points) + "\n")
+      print(rings_view.digest(self, points))
+      rings_view.plot(self, points, path / "rings.png")
       log.write_results(path, results)
       return results
 
@@ -257,7 +257,10 @@ class Rings:
       found[f"group_break_even/{ring}"] = self.break_even(points, ring)
     for group in self.groups:
       name = f"group={group}"
-      of = {s: _of(points, group, s) for s in SCHEDULES}
+      of = {
+        s: [p for p in points if (p.group, p.schedule) == (group, s)]
+        for s in SCHEDULES
+      }
       for ring in SCHEDULES[:2]:
         ratios = [
           a.seconds / b.seconds
@@ -279,116 +282,6 @@ class Rings:
         found[f"{name}/measured_over_model"] = p.measured / p.seconds
         measured += 1
     return found | {"measured": float(measured)}
-
-  def head(self, points: list[Point]) -> str:
-    """What the tables are of, in a paragraph."""
-    done = sum(p.measured is not None for p in points)
-    even = [f"{self.break_even(points, x):.3g} ({x})" for x in SCHEDULES[:2]]
-    return (
-      f"{self.length} tokens, {self.heads} heads of {self.head_dim},"
-      f" {self.dtype}, {'causal, ' * self.causal}{self.which};"
-      f" {self.flops / 1e12:g} TF/s, {self.ahead / 1e9:g} GB/s ahead and"
-      f" {self.behind / 1e9:g} behind, links {self.links}. Arithmetic;"
-      f" measured: {f'{done} points' if done else 'not run'}. The token ring"
-      " sends as much as a ring of keys where a key head has "
-      + " or ".join(even)
-      + " query heads; with more it sends more."
-    )
-
-  def digest(self, points: list[Point]) -> str:
-    """Seconds by schedule, in Markdown; in bold the least, within 0.1%."""
-    lines = [
-      self.head(points),
-      "",
-      f"| group | devices | compute, s | {' | '.join(SCHEDULES)} |",
-      "|" + "---|" * (3 + len(SCHEDULES)),
-    ]
-    for group in self.groups:
-      for devices in self.devices:
-        here = [p for p in points if (p.group, p.devices) == (group, devices)]
-        best = min(p.seconds for p in here)
-        cells = {p.schedule: f"{p.seconds:.4g}" for p in here}
-        for p in here:
-          if p.seconds <= best * (1 + 1e-3):
-            cells[p.schedule] = f"**{cells[p.schedule]}**"
-        cells = [cells.get(s, "heads") for s in SCHEDULES]
-        compute = f"{here[0].compute:.4g}"
-        lines.append(
-          f"| {group} | {devices} | {compute} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
-
-  def table(self, points: list[Point]) -> str:
-    """The digest, and the bytes of every point."""
-    lines = [
-      self.digest(points),
-      "",
-      "MB on a device's links, ahead / behind:",
-      "",
-      "| group | devices | schedule | busiest step | in all | s | measured |",
-      "|" + "---|" * 7,
-    ]
-    for p in points:
-      step, whole = (
-        f"{a / 1e6:.4g} / {b / 1e6:.4g}"
-        for a, b in ((p.step_ahead, p.step_behind), (p.ahead, p.behind))
-      )
-      took = "not run" if p.measured is None else f"{p.measured:.4g}"
-      lines.append(
-        f"| {p.group} | {p.devices} | {p.schedule} | {step} | {whole}"
-        f" | {p.seconds:.4g} | {took} |"
-      )
-    return "\n".join(lines)
-
-  def _plot(self, points, path: pathlib.Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = len(self.groups) + 1
-    figure = Figure(figsize=(3.2 * columns, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    *panels, last = figure.subplots(1, columns)
-    for axes in panels[1:]:
-      axes.sharey(panels[0])
-    for group, axes in zip(self.groups, panels, strict=True):
-      for i, schedule in enumerate(SCHEDULES):
-        each = sorted(_of(points, group, schedule), key=lambda p: p.devices)
-        mark: dict[str, Any] = {"color": f"C{i}", "label": schedule}
-        line = [(p.devices, p.seconds / p.compute) for p in each]
-        if line:
-          axes.plot(*zip(*line, strict=True), ".-", linewidth=1, **mark)
-        for p in each:
-          if p.measured is not None:
-            y = p.measured / p.compute
-            axes.plot(p.devices, y, "x", color=f"C{i}", markersize=8)
-      axes.set_xscale("log", base=2)
-      axes.set_yscale("log")
-      axes.yaxis.set_major_formatter("{x:g}")
-      axes.set_title(f"query heads a key head: {group}", fontsize=9)
-      axes.set_xlabel("devices")
-    panels[0].set_ylabel(f"time of {self.which} over that of its compute")
-    panels[0].legend(fontsize=7)
-    ends = (1, max(8, *self.groups))
-    for i, ring in enumerate(SCHEDULES[:2]):
-      even = self.break_even(points, ring)
-      label = f"over {ring}: {even:.3g}"
-      last.plot(ends, [x / even for x in ends], color=f"C{i}", label=label)
-      last.plot([even], [1.0], "o", color=f"C{i}")
-    last.axhline(1, color="grey", linewidth=1, linestyle="--")
-    last.set_xscale("log", base=2)
-    last.set_yscale("log", base=2)
-    last.xaxis.set_major_formatter("{x:g}")
-    last.yaxis.set_major_formatter("{x:g}")
-    last.set_title("bytes of the token ring; break-even", fontsize=9)
-    last.set_xlabel("query heads a key head")
-    last.legend(fontsize=7)
-    done = any(p.measured is not None for p in points)
-    figure.suptitle(
-      f"{self.length} tokens; lines are arithmetic, "
-      + ("crosses are measured" if done else "measured: not run"),
-      fontsize=9,
-    )
-    figure.savefig(path, dpi=120)
 
 
 def place(
@@ -416,7 +309,3 @@ def place(
     not r["same"] or (r["group"], r["devices"], r["schedule"]) not in on
     for r in rows
   )
-
-
-def _of(points, group, schedule):
-  return [p for p in points if (p.group, p.schedule) == (group, schedule)]
