@@ -14,7 +14,7 @@ from isthmus.attention.bench.case import Case
 from isthmus.attention.bench.clock import Clock
 from isthmus.attention.bench.rings import Ring, main, measure, sends, table
 from isthmus.attention.schedule import SCHEDULES, messages
-from isthmus.train.recipes import token_ring
+from isthmus.train.rings import Rings, place
 
 pytestmark = pytest.mark.once
 ONCE = Clock(slow=0.0)  # several calls at once may wait for each other
@@ -61,7 +61,7 @@ def test_rings_are_measured_beside_one_device(tmp_path, monkeypatch, capsys):
   assert len(report["refused"]) == 1
 
   # The recipe takes the file, and its rows are those of its job.
-  job = token_ring.Rings(
+  job = Rings(
     length=64,
     devices=(2,),
     heads=3,
@@ -71,7 +71,7 @@ def test_rings_are_measured_beside_one_device(tmp_path, monkeypatch, capsys):
     which="fwd",
     measured=str(tmp_path / "rings.json"),
   )
-  placed, left_out = token_ring.place(job.points(), job.read())
+  placed, left_out = place(job.points(), job.read())
   assert left_out == 0
   assert {p.schedule: p.measured for p in placed}["kv_ring"] == pytest.approx(
     ring["ms"] / 1e3
