@@ -36,11 +36,11 @@ def dense_mask(
   for row, head, i, j in np.ndindex(b, n, t, s):
     p, r = i + s - t, j
     if q_positions is not None:
-      qp = q_positions
-      p = int(qp[row % qp.shape[0], head % qp.shape[1], i])
+      rows, heads, _ = q_positions.shape
+      p = int(q_positions[row % rows, head % heads, i])
     if kv_positions is not None:
-      kp = kv_positions
-      r = int(kp[row % kp.shape[0], (head * k // n) % kp.shape[1], j])
+      rows, heads, _ = kv_positions.shape
+      r = int(kv_positions[row % rows, (head * k // n) % heads, j])
       if r == EMPTY:
         continue
     if causal and r > p:

@@ -29,7 +29,7 @@ Measured: causal blocks read, mass kept, perplexity (dense 5.81), agreement,
   .75. Every head's own scores: .27, .75, 9.35, .75, .29; .35, .81, 7.62, .82,
   .58; .50, .88, 6.80, .87, .85. So in this model scores that all heads share
   choose much worse blocks, at every budget; those that the three heads of a kv
-  head share are as good as each head's own to .03 of mass and 4% of perplexity,
+  head share are as good as each head's own to .01 of mass and 5% of perplexity,
   for a third of the scores, and recall less at .95. `small`, seed 0: 2 rows of
   1024 tokens in blocks of 64, 80 digits; nothing is told of long contexts. Two
   CPU cores, jax 0.11.2; `full` not run; measured by us
