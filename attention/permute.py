@@ -20,6 +20,9 @@ from isthmus.attention.last import last_importance
 from isthmus.attention.pooling import block_scores, pool_blocks
 from isthmus.attention.sdpa import attention, check_shapes
 from isthmus.attention.select import check_own
+from isthmus.pallas.flash.lists import Lists, compact
+from isthmus.pallas.flash.plan import ranges
+from isthmus.pallas.flash.predicate import Positions
 
 
 def key_order(
@@ -106,11 +109,12 @@ def pbs_select(
     segment: keys within which the order changes; a multiple of `block`.
     threshold: in (0, 1]; 1 keeps everything.
     sink: whether each query block reads the block of the first token.
-    order: of keys; default `key_order`.
+    order: of keys, each within its segment; default `key_order`.
     scale: of the logits, default d ** -0.5.
 
   Returns:
-    (mask, order): `mask` is of keys reordered, whose positions are `order`.
+    (mask, order): `mask` is of keys reordered, whose positions are `order`;
+    it is causal by them.
 
   Raises:
     ValueError: lengths that differ, a segment that is no multiple of `block`,
@@ -138,17 +142,31 @@ def pbs_select(
   means = pool_blocks(q, block), pool_blocks(reorder(k, order), block)
   score = block_scores(*means, scale)
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  part = index // (segment // block)
-  past = part * (segment // block)  # how many blocks are before its segment
-  kept = keep_mass(score, threshold, past) | (part == part[:, None])
+  per = segment // block
+  past = index // per * per  # how many blocks are before its segment
+  forced = None
   if sink:
-    first = jnp.argmax(order == 0, axis=-1) // block  # [b k]
-    first = jnp.repeat(first, n // heads, axis=1)[:, :, None, None]
-    kept = kept | (index == first)
-  # What is after a query's own segment is none of its keys.
-  kept = kept & (part <= part[:, None])
-  mask = BlockMask.from_blocks(
-    kept, block=(block, block), q_length=t, kv_length=t
+    # The first token stays in the first segment.
+    first = jnp.argmax(order[..., :segment] == 0, axis=-1) // block  # [b k]
+    forced = jnp.repeat(first.astype(jnp.int32), n // heads, axis=1)
+    forced = forced[..., None]
+  num, kept = keep_mass(score, threshold, past, forced=forced)
+  # Of a query block's own segment, blocks with a key that is not after it.
+  own = past[:, None] + jnp.arange(per, dtype=jnp.int32)
+  earliest = ranges(order, block).low  # [b k m]
+  earliest = jnp.take(earliest, jnp.minimum(own, index[-1]), axis=-1)
+  last = jnp.minimum((index + 1) * block, t)[:, None] - 1
+  some, place = compact((earliest <= last) & (own <= index[-1]))
+  lists = Lists(
+    num,
+    kept,
+    jnp.repeat(some, n // heads, axis=1),
+    jnp.repeat(place + past[:, None], n // heads, axis=1),
+    (block, block),
+  )
+  positions = jnp.arange(t, dtype=jnp.int32)[None, None]
+  mask = BlockMask(
+    lists, (positions,), (order,), Positions(None, 0), lengths=(t, t)
   )
   return mask, order
 
@@ -215,11 +233,7 @@ def pbs_attention(
     sink=sink,
     scale=scale,
   )
+  settings["causal"] = False  # the mask is
   return attention(
-    q,
-    reorder(k, order),
-    reorder(v, order),
-    mask=mask,
-    kv_positions=order,
-    **settings,
+    q, reorder(k, order), reorder(v, order), mask=mask, **settings
   )

@@ -51,8 +51,10 @@ def block_scores(
     (1, 4, 2, 3)
   """
   (b, m, n, d), (g, heads) = q.shape, k.shape[1:3]
-  q = q.reshape(b, m, heads, n // heads, d)
-  return exact_dot("bmkud,bgkd->bkumg", q, k).reshape(b, n, m, g) * scale
+  # As they are wanted of the product, whose result is by far the largest.
+  q = jnp.swapaxes(q, 1, 2).reshape(b, heads, n // heads * m, d)
+  k = jnp.swapaxes(k, 1, 2)
+  return exact_dot("bkmd,bkgd->bkmg", q, k).reshape(b, n, m, g) * scale
 
 
 def tile_softmax(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
-from isthmus.attention.keep import keep_count, keep_sum
+from isthmus.attention.keep import causal_mask, keep_count, keep_sum
 from isthmus.attention.last import last_importance
 from isthmus.attention.pooling import tile_softmax
 from isthmus.attention.sdpa import attention, check_shapes
@@ -95,8 +95,7 @@ def block_budget(
   mass = jnp.pad(mass, ((0, 0), (0, 0), (0, blocks * block - t)))
   mass = mass.reshape(b, n, blocks, block).sum(axis=3)
   mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
-  kept = keep_sum(mass, jnp.float32(gamma))
-  return jnp.sum(kept, axis=-1, dtype=jnp.int32)
+  return keep_sum(mass, jnp.float32(gamma))[0]
 
 
 def proxy_select(
@@ -152,10 +151,12 @@ def proxy_select(
   wanted = -(-budget[..., None] * (row + 1) // blocks)
   wanted = jnp.maximum(wanted, -(-min_tokens // block))
   wanted = wanted.reshape(-1, groups, n // groups, blocks)
-  kept = keep_count(score[:, :, None], wanted, row + 1)
-  kept = kept.reshape(-1, n, blocks, blocks) | jnp.eye(blocks, dtype=bool)
-  return BlockMask.from_blocks(
-    kept, block=(block, block), causal=True, q_length=t, kv_length=t
+  num, index = keep_count(score[:, :, None], wanted, row + 1, ends=row)
+  return causal_mask(
+    num.reshape(-1, n, blocks),
+    index.reshape(-1, n, blocks, blocks),
+    block=block,
+    length=t,
   )
 
 

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isthmus.attention.block_mask import BlockMask
-from isthmus.attention.keep import keep_count, keep_mass, keep_sum
+from isthmus.attention.keep import (
+  causal_mask,
+  keep_count,
+  keep_mass,
+  keep_sum,
+)
 from isthmus.attention.pooling import block_scores, pool_blocks, tile_softmax
 from isthmus.attention.sdpa import attention, check_shapes
 
@@ -128,15 +133,17 @@ def pooled_select(
     )
   scale = q.shape[3] ** -0.5 if scale is None else scale
   score = block_scores(pool_blocks(q, block), pool_blocks(k, block), scale)
-  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  own = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  forced = jnp.int32(0 if sink else -1)
   if threshold is not None:
-    kept = keep_mass(score, threshold, index)
+    kept = keep_mass(score, threshold, own, forced=forced)
   else:
     assert top_k is not None
     # Positive, in the same order: bits are compared.
     least = jnp.min(score, axis=-1, keepdims=True)
-    kept = keep_count(score - least, jnp.int32(top_k - 1), index)
-  return _mask(kept, t, block, sink)
+    count = jnp.int32(top_k - 1)
+    kept = keep_count(score - least, count, own, forced=forced)
+  return causal_mask(*kept, block=block, length=t)
 
 
 def window_select(
@@ -166,8 +173,12 @@ def window_select(
   """
   t = _length(q, k)
   index = jnp.arange(-(-t // block), dtype=jnp.int32)
-  near = index >= (index[:, None] * block - window) // block
-  return _mask((near | (index * block < sink))[None, None], t, block, False)
+  kept = index >= (index[:, None] * block - window) // block
+  kept = kept | (index * block < sink) | (index == index[:, None])
+  size = (block, block)
+  return BlockMask.from_blocks(
+    kept[None, None], block=size, causal=True, q_length=t, kv_length=t
+  )
 
 
 def antidiagonal_select(
@@ -223,24 +234,13 @@ def antidiagonal_select(
   score = tile_softmax(
     q, k, side=block // stride, reduce="sum", scale=scale / stride
   )
-  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  if threshold == 1:
-    kept = jnp.broadcast_to(index <= index[:, None], score.shape)
-  else:
+  own = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  target = jnp.float32(jnp.inf)
+  if threshold < 1:
     target = threshold * jnp.sum(score, axis=-1)
-    kept = keep_sum(score, target, index + 1)
-  return _mask(kept, t, block, sink)
-
-
-def _mask(kept, t, block, sink) -> BlockMask:
-  """Causal within the blocks kept and the own ones."""
-  index = jnp.arange(kept.shape[-1], dtype=jnp.int32)
-  kept = kept | (index == index[:, None])
-  if sink:
-    kept = kept | (index == 0)
-  return BlockMask.from_blocks(
-    kept, block=(block, block), causal=True, q_length=t, kv_length=t
-  )
+  forced = jnp.int32(0 if sink else -1)
+  kept = keep_sum(score, target, own + 1, ends=own, forced=forced)
+  return causal_mask(*kept, block=block, length=t)
 
 
 def _length(q, k) -> int:

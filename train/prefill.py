@@ -104,14 +104,15 @@ class Prefill:
     with folder.lock(path):
       folder.record(path, self, source=source or {}, force=force)
       flat = {}
+      model, params, tokenizer = self.load()
+      # Before anything is measured: a text may have too few.
+      texts = [self.read_rows(length, tokenizer) for length in self.contexts]
       if self.speed is not None:
         (path / "speed").mkdir(exist_ok=True)
         found = self.speed.write(path / "speed")
         flat |= {f"speed/{name}": x for name, x in found.items()}
-      model, params, tokenizer = self.load()
       results: dict[str, dict[str, float]] = {}
-      for length in self.contexts:
-        rows = self.read_rows(length, tokenizer)
+      for length, rows in zip(self.contexts, texts, strict=True):
         dense = None
         for case, attend in self.cases(model, length):
           said, figures = measure(

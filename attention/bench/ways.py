@@ -227,7 +227,6 @@ def _unpermuted(q, k, *, block, **settings):
   """PBS-Attn's choice, of keys as they stand."""
   b, t, heads, _ = k.shape
   order = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, heads, t))
-  mask, _ = pbs_select(
+  return pbs_select(
     q, k, block=block, segment=2 * block, order=order, **settings
-  )
-  return mask & BlockMask.causal(t, block=(block, block))
+  )[0]

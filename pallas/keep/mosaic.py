@@ -2,7 +2,8 @@
 
 A lane holds a few numbers of its warp's row in registers. The bits of floats
 that are not negative rise with their values: the least value kept is found bit
-by bit, by a sum over the row for each, which takes shuffles and no memory.
+by bit, by a sum over the row for each, which takes shuffles and no memory. Of a
+row of which only a start may be kept, no more than that is looked at.
 """
 
 import functools
@@ -11,16 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, Num
+from jaxtyping import Array, Float, Int32, Num
 
 from isthmus.pallas.compat import interpreting
 from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.keep.api import Options
+from isthmus.pallas.keep.mosaic_list import EQUAL, LISTED, SURE, write
 
 #: The longest row that a warp's registers hold, and what is added at a time.
 MOST, STEP = 4096, 128
-#: Rows of a warpgroup.
-ROWS = 4
+#: Rows of a warpgroup, and the parts of a row that are left out or looked at.
+ROWS, PARTS = 4, 4
+_SIZES = range(1, PARTS + 1)
 _LOG2E = math.log2(math.e)
 
 
@@ -28,52 +31,56 @@ def keep(
   x: Float[Array, "*#lead m"],
   target: Num[Array, "*#lead"],
   limit: Int32[Array, "*#lead"],
+  forced: Int32[Array, "*#lead"],
+  ends: Int32[Array, "*#lead"],
   *,
   options: Options,
-) -> Bool[Array, "*lead m"]:
-  """As `isthmus.pallas.keep.ref.keep`, but for the order of sums.
+) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:
+  """As `isthmus.pallas.keep.ref.keep`; past the number there are zeros.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((2, 8, 300), jnp.float32)
     >>> rows = jnp.zeros((2, 8), jnp.int32)
-    >>> run = lambda x: keep(x, rows, rows, options=Options("value"))
-    >>> jax.eval_shape(run, x).shape
-    (2, 8, 300)
+    >>> run = lambda x: keep(x, *(rows,) * 4, options=Options("value"))
+    >>> [found.shape for found in jax.eval_shape(run, x)]
+    [(2, 8), (2, 8, 300)]
   """
-  m = x.shape[-1]
-  lead = jnp.broadcast_shapes(x.shape[:-1], jnp.shape(target), limit.shape)
-  rows, own = math.prod(lead), x.shape[:-1]
+  given = target, limit, forced, jnp.minimum(ends, limit)
+  m, own = x.shape[-1], x.shape[:-1]
+  lead = jnp.broadcast_shapes(own, *map(jnp.shape, given))
+  rows = math.prod(lead)
   if own != lead and (own[-1:] != lead[-1:] or lead[-1] % ROWS):
     # Rows of a warpgroup lie side by side.
     x, own = jnp.broadcast_to(x, (*lead, m)), lead
-  ends = (0, -rows % ROWS)
 
-  def flat(z, dtype):
-    return jnp.pad(jnp.broadcast_to(z, lead).reshape(-1).astype(dtype), ends)
+  def flat(z, dtype=jnp.int32):
+    z = jnp.broadcast_to(z, lead).reshape(-1).astype(dtype)
+    return jnp.pad(z, (0, -rows % ROWS))
 
   x = x.reshape(-1, m).astype(jnp.float32)
   x = jnp.pad(x, ((0, -x.shape[0] % ROWS), (0, -m % STEP)))
   starts = jnp.arange(math.prod(own), dtype=jnp.int32).reshape(own)
-  starts = flat(starts, jnp.int32)[::ROWS]
-  found = _rows(
+  num, index = _rows(
     x,
+    flat(starts)[::ROWS],
     flat(target, jnp.float32),
-    flat(jnp.minimum(limit, m), jnp.int32),
-    starts,
+    flat(jnp.minimum(limit, m)),
+    flat(forced),
+    flat(given[3]),
     weigh=options.weigh,
   )
-  return found[:rows, :m].reshape(*lead, m) != 0
+  return num[:rows].reshape(lead), index[:rows, :m].reshape(*lead, m)
 
 
-def refuse(x: Any, target: Any, limit: Any, *, options: Options) -> str | None:
+def refuse(x: Any, *_: Any, options: Options) -> str | None:
   """Why the kernel can't take a call, or None.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((4, 128), jnp.float32)
-    >>> refuse(x, None, None, options=Options("one"))  # on a CPU
+    >>> refuse(x, options=Options("one"))  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
-  del target, limit, options
+  del options
   reason = refuse_machine()
   if reason is not None:
     return reason
@@ -87,82 +94,60 @@ def refuse(x: Any, target: Any, limit: Any, *, options: Options) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="weigh")  # lowered once a model
-def _rows(x, target, limit, starts, *, weigh):
-  """1 where a number is kept, else 0.
+def _rows(x, starts, target, limit, forced, ends, *, weigh):
+  """(num, index) of rows, see `keep`.
 
   Args:
     x: float32 [r m]; r is a multiple of ROWS, m of STEP.
-    target, limit: [rows], a multiple of ROWS.
     starts: int32 [rows / ROWS], the first of ROWS rows of x.
+    target: float32 [rows], a multiple of ROWS.
+    limit, forced, ends: int32 [rows].
     weigh: of `Options`.
 
   Returns:
-    uint8 [rows m].
+    int32 [rows] and [rows m].
   """
   import jax.experimental.pallas as pl
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
   rows, m = target.shape[0], x.shape[1]
-  shape = (ROWS, m)
-  word = STEP // 32
   layout = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, STEP), (word,))),
+    plgpu.Tiling(((ROWS, STEP), (STEP // 32,))),
     warp_dims=(-3,),
     lane_dims=(-2,),
     vector_dim=-1,
   )
-  bits_of, value_of = _bitcasts(plgpu, shape, layout)
+  # How far ROWS rows are looked at.
+  need = jnp.max(limit.reshape(-1, ROWS), axis=1)
+  widths = sorted({-(-m * i // (PARTS * STEP)) * STEP for i in _SIZES})
 
-  def body(
-    x_ref: Any, target_ref: Any, limit_ref: Any, starts: Any, o_ref: Any
-  ):
+  def body(x_ref: Any, starts: Any, need: Any, *refs: Any):
+    *row_refs, num_ref, index_ref = refs
     item = jax.lax.axis_index("item")
     at = pl.ds(item * ROWS, ROWS)
+    zeros = jnp.zeros((ROWS, m), jnp.int32)
+    index_ref[at] = plgpu.layout_cast(zeros, layout)
+    for low, width in zip((-1, *widths), widths, strict=False):
 
-    def load(ref: Any, at: Any, layout: Any):
-      return plgpu.load(ref.at[at], layout=layout, optimized=False)
+      @pl.when((need[item] > low) & (need[item] <= width))
+      def _(width=width):
+        start = pl.ds(0, width)
+        _settle(
+          plgpu,
+          layout,
+          weigh,
+          x_ref.at[pl.ds(starts[item], ROWS), start],
+          [ref.at[at] for ref in row_refs],
+          num_ref.at[at],
+          index_ref.at[at, start],
+        )
 
-    def wide(row: Any):
-      return jax.lax.broadcast_in_dim(row, shape, [0])
-
-    def within(z: Any, other: Any):
-      return jnp.where(allowed, z, other)
-
-    x = load(x_ref, pl.ds(starts[item], ROWS), layout)
-    target = load(target_ref, at, layout.reduce(1))
-    place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-    allowed = place < wide(load(limit_ref, at, layout.reduce(1)))
-    if weigh == "softmax":
-      x = within(x, -3e38)
-      x = within(jnp.exp2((x - wide(x.max(axis=1))) * _LOG2E), 0.0)
-      target = target * x.sum(axis=1)
-    # Those of -0 are a negative number's; those of no candidate reach no bits
-    # that are looked for. Values are the same registers, read as floats.
-    bits = within(jnp.maximum(bits_of(x), 0), -1)
-    weight = 1.0 if weigh == "one" else value_of(bits)
-
-    def sum_of(these: Any):
-      return jnp.where(these, weight, 0.0).sum(axis=1)
-
-    def enough(least: Any):
-      return sum_of(bits >= wide(least)) >= target
-
-    least = _largest(enough, target, 31)
-    # Of those at the least value, as many as are wanted still.
-    above, equal = bits > wide(least), bits == wide(least)
-    have = sum_of(above)
-
-    def lacking(end: Any):
-      return have + sum_of(equal & (place < wide(end))) < target
-
-    end = _largest(lacking, target, m.bit_length())
-    kept = above | (equal & (place <= wide(end)))
-    kept = kept & (wide(target) > 0)
-    o_ref[at] = kept.astype(jnp.uint8)
-
-  (found,) = plgpu.kernel(
+  return plgpu.kernel(
     body,
-    out_type=(jax.ShapeDtypeStruct((rows, m), jnp.uint8),),
+    out_type=(
+      jax.ShapeDtypeStruct((rows,), jnp.int32),
+      jax.ShapeDtypeStruct((rows, m), jnp.int32),
+    ),
     grid=(rows // ROWS,),
     grid_names=("item",),
     kernel_name="keep",
@@ -172,8 +157,56 @@ def _rows(x, target, limit, starts, *, weigh):
       # Warps don't wait for each other: each has a row of its own.
       unsafe_no_auto_barriers=True,
     ),
-  )(x, target, limit, starts)
-  return found
+  )(x, starts, need, target, limit, forced, ends)
+
+
+def _settle(plgpu, layout, weigh, x_ref, row_refs, num_ref, index_ref) -> None:
+  """The rows of a warpgroup, as far as the refs go."""
+  shape = index_ref.shape
+  bits_of, value_of = _bitcasts(plgpu, shape, layout)
+
+  def load(ref: Any, layout: Any):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+  def wide(row: Any):
+    return jax.lax.broadcast_in_dim(row, shape, [0])
+
+  def within(z: Any, other: Any):
+    return jnp.where(allowed, z, other)
+
+  x = load(x_ref, layout)
+  target, *more = (load(ref, layout.reduce(1)) for ref in row_refs)
+  limit, forced, ends = map(wide, more)
+  place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+  allowed = place < limit
+  if weigh == "softmax":
+    x = within(x, -3e38)
+    x = within(jnp.exp2((x - wide(x.max(axis=1))) * _LOG2E), 0.0)
+    target = target * x.sum(axis=1)
+  # Those of -0 are a negative number's; those of no candidate reach no bits
+  # that are looked for. Values are the same registers, read as floats.
+  bits = within(jnp.maximum(bits_of(x), 0), -1)
+  weight = value_of(bits)
+  if weigh == "one":
+    weight = plgpu.layout_cast(jnp.ones(shape, jnp.float32), layout)
+
+  def sum_of(these: Any):
+    return jnp.where(these, weight, 0.0).sum(axis=1)
+
+  def enough(least: Any):
+    return sum_of(bits >= wide(least)) >= target
+
+  # What is weighed as a softmax is 1 at most, whose bits are 30.
+  least = _largest(enough, target, 30 if weigh == "softmax" else 31)
+  above, equal = bits > wide(least), bits == wide(least)
+  some = wide(target) > 0
+  code = (
+    jnp.where(equal & some, EQUAL, 0)
+    + jnp.where((above & some) | (place == forced), SURE, 0)
+    + jnp.where(place < ends, LISTED, 0)
+  )
+  have, target = wide(sum_of(above)), wide(target)
+  write(plgpu, layout, code, weight, have, target, num_ref, index_ref)
 
 
 def _largest(holds: Any, like: Any, bits: int):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
+from isthmus.pallas.flash.lists import compact
 from isthmus.pallas.keep.api import Options
 
 # Bits of the least value that one pass settles, by a sum for each of their
@@ -19,7 +20,7 @@ from isthmus.pallas.keep.api import Options
 _BITS = 3
 
 
-def keep(
+def kept(
   x: Float[Array, "*#lead m"],
   target: Num[Array, "*#lead"],
   limit: Int32[Array, "*#lead"],
@@ -40,9 +41,9 @@ def keep(
 
   Example:
     >>> x, target = jnp.array([0.1, 0.4, 0.3, 0.2]), jnp.array(0.6)
-    >>> keep(x, target, jnp.array(4), options=Options("value")).tolist()
+    >>> kept(x, target, jnp.array(4), options=Options("value")).tolist()
     [False, True, True, False]
-    >>> keep(x, target * 5, jnp.array(3), options=Options("one")).tolist()
+    >>> kept(x, target * 5, jnp.array(3), options=Options("one")).tolist()
     [True, True, True, False]
   """
   x = x.astype(jnp.float32)
@@ -68,8 +69,8 @@ def keep(
   target = jnp.broadcast_to(target, lead)
 
   def enough(least):
-    kept = jnp.where(bits >= least[..., None], weight, 0)
-    return jnp.sum(kept, axis=-1) >= target
+    some = jnp.where(bits >= least[..., None], weight, 0)
+    return jnp.sum(some, axis=-1) >= target
 
   least = _largest(enough, lead, 31)
   # Of those at the least value, as many as are wanted still: up to the place
@@ -82,8 +83,43 @@ def keep(
     return have + jnp.sum(first, axis=-1) < target
 
   end = _largest(lacking, lead, bits.shape[-1].bit_length())
-  kept = above | (equal & (place <= end[..., None]))
-  return kept & (target > 0)[..., None]
+  found = above | (equal & (place <= end[..., None]))
+  return found & (target > 0)[..., None]
+
+
+def keep(
+  x: Float[Array, "*#lead m"],
+  target: Num[Array, "*#lead"],
+  limit: Int32[Array, "*#lead"],
+  forced: Int32[Array, "*#lead"],
+  ends: Int32[Array, "*#lead"],
+  *,
+  options: Options,
+) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:
+  """What `kept` says, and one more, as ascending lists.
+
+  Args:
+    x, target, limit, options: as in `kept`.
+    forced: is listed in any case; -1 for none.
+    ends: what is listed is below it, and below `limit`.
+
+  Returns:
+    (num, index): how many, and which; entries past the number are some index
+    or other.
+
+  Example:
+    >>> x, one = jnp.array([0.1, 0.4, 0.3, 0.2]), jnp.int32(1)
+    >>> num, index = keep(
+    ...   x, one, jnp.array(4), jnp.array(3), jnp.array(4),
+    ...   options=Options("one"),
+    ... )
+    >>> index[:num].tolist()
+    [1, 3]
+  """
+  place = jnp.arange(x.shape[-1], dtype=jnp.int32)
+  found = kept(x, target, limit, options=options)
+  found = found | (place == forced[..., None])
+  return compact(found & (place < jnp.minimum(ends, limit)[..., None]))
 
 
 def _largest(

@@ -61,6 +61,7 @@ def _full() -> Prefill:
   load = functools.partial(load_smollm2, dtype=jnp.bfloat16)
   return Prefill(
     load=load,
+    corpus=sparse_prefill.CORPUS,
     contexts=(4096, 8192),
     rows=8,
     levels=dict.fromkeys(WAYS, _LEVELS),

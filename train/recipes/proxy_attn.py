@@ -62,6 +62,7 @@ def _full() -> Prefill:
   load = functools.partial(load_smollm2, dtype=jnp.bfloat16)
   return Prefill(
     load=load,
+    corpus=sparse_prefill.CORPUS,
     contexts=(4096, 8192),
     rows=8,
     levels=dict.fromkeys(WAYS, (0.5, 0.7, 0.8, 0.9, 0.95)),

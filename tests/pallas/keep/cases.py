@@ -59,10 +59,28 @@ def check(keep, name):
     weight = seen * np.exp(weight - weight.max(-1, keepdims=True))
     weight /= np.maximum(weight.sum(-1, keepdims=True), 1e-30)
     target = np.float32(0.9) if not lead else rng.random(lead).astype("f4")
-  args = map(jnp.asarray, (x, target, limit))
-  found = np.asarray(keep(*args, options=Options(weigh)))
+  forced = rng.integers(-1, m, shape[-1:]).astype(np.int32)
+  ends = np.maximum(limit - rng.integers(0, 3, limit.shape), 0).astype("i4")
   want = by_sorting(weight, whole, np.broadcast_to(target, shape), limits)
-  assert found.shape == want.shape and found.dtype == bool
   assert 0 < want.sum() < want.size
-  np.testing.assert_array_equal(found, want)
+  for more in ((forced, ends), (np.int32(-1), limit)):
+    args = map(jnp.asarray, (x, target, limit, *more))
+    num, index = keep(*args, options=Options(weigh))
+    assert num.dtype == index.dtype == np.int32
+    assert 0 <= np.min(index) <= np.max(index) < m
+    chosen = want | (np.arange(m) == more[0][..., None])
+    chosen = chosen & (np.arange(m) < more[1][..., None])
+    np.testing.assert_array_equal(num, chosen.sum(-1))
+    np.testing.assert_array_equal(listed(num, index), chosen)
   return True
+
+
+def listed(num, index):
+  """A mask of what is listed, which must ascend."""
+  num, index = np.asarray(num), np.asarray(index)
+  found = np.zeros(index.shape, bool)
+  for row in np.ndindex(num.shape):
+    these = index[row][: num[row]]
+    assert (np.diff(these) > 0).all()
+    found[row][these] = True
+  return found

@@ -5,6 +5,9 @@ import pytest
 from isthmus.attention.bench.ways import WAYS
 from isthmus.attention.sdpa import attention
 from isthmus.data.recall import NAMES
+from isthmus.data.text import Text
+from isthmus.data.tokenizer import Bytes
+from isthmus.train.recipes import pbs_attn, proxy_attn
 from isthmus.train.recipes import sparse_prefill as recipe
 
 pytestmark = pytest.mark.once
@@ -15,6 +18,16 @@ def test_variants_need_no_weights_to_be_built():
   assert max(full.contexts) == 8192 and small.block == 64
   assert set(WAYS) > set(full.levels) > set(small.levels)
   assert full.facts <= len(NAMES)
+
+
+def test_the_text_has_the_rows_that_are_read():
+  """In tokens of four bytes; SmolLM2's are shorter on this text."""
+  opened = Text(recipe.CORPUS, Bytes(), seq_len=4 * 8192, segments=False)
+  have = len(opened.open("eval"))
+  for module in (recipe, pbs_attn, proxy_attn):
+    job = module.get_config("full")
+    assert job.corpus == recipe.CORPUS and max(job.contexts) == 8192
+    assert have >= 2 * job.rows
 
 
 def test_speed_is_of_the_shape_that_is_promised():
