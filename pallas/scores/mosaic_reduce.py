@@ -1,6 +1,7 @@
 """Reduced scores for sm_90 in Pallas Mosaic GPU.
 
-A warpgroup keeps 64 rows and walks along tiles of columns. Of each group of
+A warpgroup keeps 64 rows and walks along tiles of columns; or, of a few queries
+and many keys, one tile of columns, and walks along the rows. Of each group of
 columns every row leaves one number; the probabilities never leave registers.
 """
 
@@ -27,8 +28,8 @@ from isthmus.pallas.scores.api import Options as Options
 from isthmus.pallas.scores.api import offset
 
 LOG2E = math.log2(math.e)
-#: Columns of a tile, and tiles in flight.
-TILE, STAGES = 128, 2
+#: Columns of a tile, tiles in flight, and tiles of rows on a walk along them.
+TILE, STAGES, REACH = 128, 2, 16
 
 
 @functools.partial(jax.jit, static_argnames=("lengths", "options"))
@@ -58,16 +59,17 @@ def reduce_tiles(x, y, lse, *, lengths, options):
     >>> jax.eval_shape(run, x, x, lse).shape
     (1, 2, 4, 128)
   """
+  few = options.queries == "columns" and y.shape[1] == TILE
+  kernel = _along_rows if few else _along_columns
+  return kernel(x, y, lse, lengths, options)
+
+
+def _along_columns(x, y, lse, lengths, options):
   (b, r, h, d), (c, g) = x.shape, y.shape[1:3]
   n, side = max(h, g), options.side
   groups, tiles, steps = TILE // side, r // ROWS, c // TILE
   by_row, tile = options.queries == "rows", (ROWS, side)
   shift = offset(*lengths, options)
-  factor, layout = options.scale * LOG2E, plgpu.Layout.WGMMA
-  iota = functools.partial(
-    plgpu.broadcasted_iota, jnp.int32, tile, layout=layout
-  )
-  load = functools.partial(plgpu.load, optimized=False)
 
   def body(x_ref, y_ref, lse_ref, o_ref, x_smem, y_smem2, o_smem2, *barriers):
     x_full, y_full = barriers
@@ -91,8 +93,7 @@ def reduce_tiles(x, y, lse, *, lengths, options):
     pl.when(total > 0)(lambda: fetch(jnp.int32(0)))
     own = None
     if by_row:
-      own = load(lse_ref.at[batch, head, rows], layout=layout.reduce(1))
-      own = spread(own, tile, 0)
+      own = _base(lse_ref.at[batch, head, rows], tile, 0)
     plgpu.barrier_wait(x_full)
 
     @pl.loop(0, total)
@@ -107,23 +108,12 @@ def reduce_tiles(x, y, lse, *, lengths, options):
         y_smem = y_smem2.at[slot, pl.ds(group * side, side)]
         first = step * TILE + group * side
         p = product(tile, lambda acc, y=y_smem: wgmma(acc, x_smem, y.T))
-        if by_row:
-          base = own
-        else:
-          base = load(
-            lse_ref.at[batch, head, pl.ds(first, side)],
-            layout=layout.reduce(0),
-          )
-          base = spread(base, tile, 1)
-        p = jnp.exp2(p * factor - base)
-        row, column = iota(0) + index * ROWS, iota(1) + first
-        seen = column < lengths[1]
-        if options.causal:
-          key, query = (column, row) if by_row else (row, column)
-          seen = seen & (key <= query + shift)
-        p = jnp.where(seen, p, 0.0)
-        found = p.max(axis=1) if options.reduce == "max" else p.sum(axis=1)
-        o_smem.at[group][...] = found
+        base = own
+        if not by_row:
+          columns = lse_ref.at[batch, head, pl.ds(first, side)]
+          base = _base(columns, tile, 1)
+        start = index * ROWS, first
+        o_smem.at[group][...] = _numbers(p, base, start, lengths, options)
       plgpu.commit_smem()
       target = o_ref.at[batch, head, pl.ds(step * groups, groups), rows]
       plgpu.copy_smem_to_gmem(o_smem, target)
@@ -146,3 +136,93 @@ def reduce_tiles(x, y, lse, *, lengths, options):
     name="reduce_scores",
   )
   return found
+
+
+def _along_rows(x, y, lse, lengths, options):
+  """Of one tile of columns, which stays while rows go by."""
+  (b, r, h, d), (c, g) = x.shape, y.shape[1:3]
+  n, side, tiles = max(h, g), options.side, r // ROWS
+  groups, parts, tile = c // side, -(-tiles // REACH), (ROWS, side)
+
+  def body(x_ref, y_ref, lse_ref, o_ref, x_smem2, y_smem, o_smem2, *barriers):
+    x_full, y_full = barriers
+    item = lax.axis_index("item")
+    # Heads that read the same keys are neighbours.
+    begin, head = div(rem(item, parts * n), n) * REACH, rem(item, n)
+    batch = div(item, parts * n)
+    total = jnp.minimum(tiles - begin, REACH)
+
+    def fetch(step):
+      slot, rows = rem(step, STAGES), pl.ds((begin + step) * ROWS, ROWS)
+      source = x_ref.at[batch, rows, div(head, n // h)]
+      plgpu.copy_gmem_to_smem(source, x_smem2.at[slot], x_full.at[slot])
+
+    source = y_ref.at[batch, pl.ds(0, c), div(head, n // g)]
+    plgpu.copy_gmem_to_smem(source, y_smem, y_full)
+    fetch(jnp.int32(0))
+    bases = [
+      _base(lse_ref.at[batch, head, pl.ds(i * side, side)], tile, 1)
+      for i in range(groups)
+    ]
+    plgpu.barrier_wait(y_full)
+
+    @pl.loop(0, total)
+    def _(step):
+      pl.when(step + 1 < total)(lambda: fetch(step + 1))
+      slot = rem(step, STAGES)
+      plgpu.barrier_wait(x_full.at[slot])
+      x_smem, o_smem = x_smem2.at[slot], o_smem2.at[slot]
+      # The numbers of two steps before have been read.
+      plgpu.wait_smem_to_gmem(STAGES - 1, wait_read_only=True)
+      first = (begin + step) * ROWS
+      for group in range(groups):
+        columns = y_smem.at[pl.ds(group * side, side)]
+        p = product(tile, lambda acc, y=columns: wgmma(acc, x_smem, y.T))
+        start = first, group * side
+        o_smem.at[group][...] = _numbers(
+          p, bases[group], start, lengths, options
+        )
+      plgpu.commit_smem()
+      target = o_ref.at[batch, head, pl.ds(0, groups), pl.ds(first, ROWS)]
+      plgpu.copy_smem_to_gmem(o_smem, target)
+
+    plgpu.wait_smem_to_gmem(0)
+
+  (found,) = launch(
+    body,
+    (x, y, lse),
+    out_type=(jax.ShapeDtypeStruct((b, n, groups, r), jnp.float32),),
+    scratch=(
+      tiled((STAGES, ROWS, d), x.dtype),
+      tiled((c, d), x.dtype),
+      plgpu.SMEM((STAGES, groups, ROWS), jnp.float32),
+      plgpu.Barrier(num_barriers=STAGES),
+      plgpu.Barrier(),
+    ),
+    items=b * n * parts,
+    threads=1,
+    name="reduce_scores",
+  )
+  return found
+
+
+def _base(ref, tile, axis):
+  """The lse of each of a tile's rows, for axis 0, or columns."""
+  layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+  return spread(plgpu.load(ref, layout=layout, optimized=False), tile, axis)
+
+
+def _numbers(p, base, start, lengths, options):
+  """Of a tile of products that starts at (row, column), a number a row."""
+  iota = functools.partial(
+    plgpu.broadcasted_iota, jnp.int32, p.shape, layout=plgpu.Layout.WGMMA
+  )
+  p = jnp.exp2(p * (options.scale * LOG2E) - base)
+  row, column = iota(0) + start[0], iota(1) + start[1]
+  seen = column < lengths[1]
+  if options.causal:
+    by_row = options.queries == "rows"
+    key, query = (column, row) if by_row else (row, column)
+    seen = seen & (key <= query + offset(*lengths, options))
+  p = jnp.where(seen, p, 0.0)
+  return p.max(axis=1) if options.reduce == "max" else p.sum(axis=1)
