@@ -5,6 +5,7 @@ import pathlib
 import platform
 import re
 import signal
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -41,21 +42,48 @@ def _asked(config, name):
   return re.search(rf"(?<!not )\b{name}\b", expression) is not None
 
 
+def _keep_bytecode():
+  """Where Python is told to keep no bytecode, it is kept beside the programs.
+
+  Without, importing jax takes three times as long, and tests start many
+  processes.
+  """
+  if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "bytecode"
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(folder)
+    sys.dont_write_bytecode = False
+
+
 def pytest_configure(config):
+  _keep_bytecode()
   # Under `nohup`, or in the background of a shell, these are ignored, and a run
   # would rightly leave them so.
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
   signal.signal(signal.SIGINT, signal.default_int_handler)
   if not _asked(config, "gpu"):
     # Programs run once here, and most of a run is XLA's work on them: up to
-    # half less without LLVM's optimisations and by emitters that need no MLIR.
+    # half less without LLVM's optimisations and by emitters that need no MLIR,
+    # and a third of the rest less where a program isn't cut into pieces, which
+    # are for more cores than a test has.
     # XLA_FLAGS=--xla_backend_optimization_level=3 runs what users run.
     level = "xla_backend_optimization_level"
     if level not in (flags := os.environ.get("XLA_FLAGS", "")):
       plain = "xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-      os.environ["XLA_FLAGS"] = f"{flags} --{level}=0 --{plain}".strip()
+      whole = "xla_cpu_parallel_codegen_split_count=1"
+      flags = f"{flags} --{level}=0 --{plain} --{whole}"
+      os.environ["XLA_FLAGS"] = flags.strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """`--dist loadfile`, where what is long comes first (tests/shares.py)."""
+  if config.option.dist != "loadfile":
+    return None
+  from tests.shares import Shares
+
+  return Shares(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -64,3 +92,7 @@ def pytest_collection_modifyitems(config, items):
     for name in ("gpu", "parity", "slow"):
       if item.get_closest_marker(name) and not _asked(config, name):
         item.add_marker(pytest.mark.skip(reason=f"run with -m {name}"))
+  if hasattr(config, "workerinput"):  # a process of pytest-xdist
+    from tests.shares import turn
+
+    items.sort(key=lambda item: turn(item.nodeid))
