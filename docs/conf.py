@@ -52,14 +52,20 @@ def _share_trees(app, name, template, context, doctree):
   """Pages of source are in no tree: those of one depth have the same sidebar.
 
   Half of all pages are such ones, and of most of them the sidebar is the work.
+  With `-t quick`, for tests, all pages of a folder have that of its first: the
+  same links, but what is marked as the page one reads.
   """
-  del app, template, doctree
-  if not name.startswith("_modules/"):
+  del template, doctree
+  if name.startswith("_modules/"):
+    place = name.count("/")
+  elif app.tags.has("quick"):
+    place = name.rpartition("/")[0]
+  else:
     return
-  make, depth = context["toctree"], name.count("/")
+  make = context["toctree"]
 
   def toctree(**settings):
-    key = depth, *sorted(settings.items())
+    key = place, *sorted(settings.items())
     if key not in _TREES:
       _TREES[key] = make(**settings)
     return _TREES[key]
