@@ -27,7 +27,7 @@ FLAT = Codes(flat=True)
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("width", [32, 1024])
+@pytest.mark.parametrize("width", [32, 256])
 def test_protocol_of_published_scheme(width):
   """50 steps of small gradients; after each, states are those of float32."""
   rng = np.random.default_rng(0)
@@ -173,7 +173,7 @@ def test_states_take_the_bytes_of_the_formula():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("shape, count", [((2048, 1024), 6), ((512, 512), 48)])
+@pytest.mark.parametrize("shape, count", [((2048, 1024), 6), ((512, 512), 16)])
 def test_temporaries_hold_no_moments_in_32_bits(shape, count):
   """Of all parameters together, which would be 8 bytes a number."""
   params = {str(i): jnp.zeros(shape) for i in range(count)}

@@ -4,6 +4,8 @@ Adding a recipe adds its name to the list; `suite.py` says what each kind of
 job has to show.
 """
 
+import functools
+
 import pytest
 
 from isthmus.train import config
@@ -33,15 +35,27 @@ def test_every_recipe_is_in_the_suite():
   assert sorted(RECIPES) == config.recipe_names()
 
 
-@pytest.mark.parametrize("name", FITS)
-def test_smoke_learns_logs_and_resumes(name, tmp_path):
-  results = suite.assert_fit_learns(name, tmp_path / "whole")
-  suite.assert_fit_resumes(name, tmp_path / "whole", results)
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+  """(folder, results) of a recipe's run on one device, which is run once."""
+
+  @functools.cache
+  def run(name):
+    folder = tmp_path_factory.mktemp(name) / "whole"
+    return folder, suite.assert_fit_learns(name, folder)
+
+  return run
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_eight_devices_give_the_loss_of_one(name, tmp_path):
-  suite.assert_fit_splits(name, tmp_path)
+def test_smoke_learns_logs_and_resumes(name, learnt):
+  suite.assert_fit_resumes(name, *learnt(name))
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_eight_devices_give_the_loss_of_one(name, learnt, tmp_path):
+  _, one = learnt(name)
+  suite.assert_fit_splits(name, tmp_path, one["train/loss"])
 
 
 @pytest.mark.once
