@@ -219,10 +219,10 @@ def _numbers(p, base, start, lengths, options):
   )
   p = jnp.exp2(p * (options.scale * LOG2E) - base)
   row, column = iota(0) + start[0], iota(1) + start[1]
-  by_row = options.queries == "rows"
-  if by_row:  # padded queries have 0, by their lse
-    p = jnp.where(column < lengths[1], p, 0.0)
+  seen = column < lengths[1]
   if options.causal:
+    by_row = options.queries == "rows"
     key, query = (column, row) if by_row else (row, column)
-    p = jnp.where(key <= query + offset(*lengths, options), p, 0.0)
+    seen = seen & (key <= query + offset(*lengths, options))
+  p = jnp.where(seen, p, 0.0)
   return p.max(axis=1) if options.reduce == "max" else p.sum(axis=1)
