@@ -19,26 +19,29 @@ Simplified: a decoder of bytes for the paper's of words; betas 0.9 and 0.95, and
 Command: python -m train.main --config adam8bit
 Claim: perplexity of a 209M model within noise of 32-bit Adam, with 75% less
   optimiser memory; paper's claim
-Result: a step of 252M parameters in 0.61 of optax.adamw's time (one H100);
-  naive 8-bit always diverges, by blocks it is as 32-bit at 1e-3 (H200, 2 seeds)
-Measured: one step of 252M float32 parameters, in place, on one H100 80GB, jax
-  0.11.2: optax.adamw 2.48 ms, adamw8bit 1.52 (0.61 of it; of one array as large
-  2.40 and 1.40, 0.58). By `speed`, before the kernel had its last form: 252M
-  2.43 and 2.29, in plain XLA 6.97, torchao's AdamW8bit 6.40; 992M 9.35 and
-  8.63, 29.2, 18.6; peaks of parameters, gradients and states 3.75 GiB and 2.35,
-  14.78 and 9.27. As it is now, on an H200 of a machine that was busy: 992M 7.20
-  and 5.60 (0.78), in plain XLA 25.8, torchao 20.9; 252M 2.02 and 3.60, which
-  tells of the machine; to be timed again on one H100. `ablation`, four H200s,
-  jax 0.11.2, two of the three seeds, which its third may change; runs that
-  diverged, and the mean held-out loss of the others in nats a byte, at 1e-3,
-  3e-3, 1e-2. 32 bits: none, .727, .836, 1.430. Linear codes, one scale a
-  tensor: all. Dynamic codes: none, .729, 1.218, 1.844. Blocks: none, .728,
-  .989, 1.408. Stable embedding: none, .746, 1.011, 1.536. The root: none, .748,
-  .977, 1.507; 32 bits with a stable embedding none, .745, 1.036, 1.602. So
-  naive 8-bit always diverges, where 32 bits never do; a dynamic map alone mends
-  that, with a worse loss from 3e-3 on; blocks are as good as 32 bits at 1e-3; a
-  stable embedding is no gain here, with 32 bits neither. `full`: not run;
-  measured by us
+Result: a step of 252M parameters in .61 of optax.adamw's time, of 992M in .70
+  (H100); naive 8-bit diverged in 9 runs of 9, 32 bits in none (H200)
+Measured: `speed`, one step of float32 parameters in place beside the others in
+  one run, jax 0.11.2, ms, over optax.adamw. One H100 80GB, nothing else on the
+  machine: 252M optax.adamw 2.48, adamw8bit 1.52 (0.614), in plain XLA 7.15,
+  torchao's AdamW8bit 6.48; 992M 11.87, 8.35 (0.703), 42.0, 29.5, which that
+  card, soon held back by its heat, took longer for than another (optax 9.35).
+  One H200, jobs on the machine's other GPUs: 252M 1.80, 1.34 (0.746), 6.38,
+  7.22; 992M 6.66, 4.48 (0.673), 25.7, 18.7. By the least bytes it would be
+  0.57: of that floor the kernel takes 1.08 times at 252M, optax.adamw itself
+  being at 85% of the H100's bandwidth. Peaks of parameters, gradients and
+  states: 252M 3.75 GiB and 2.35, 992M 14.78 and 9.27. `ablation`, 63 runs on
+  H200s, jax 0.11.2, three seeds; runs that diverged, and the mean held-out loss
+  of the others in nats a byte, at 1e-3, 3e-3, 1e-2. 32 bits: none, .728, .824,
+  1.440. Linear codes, one scale a tensor: all nine. Dynamic codes: none, .729,
+  1.254, 1.785. Blocks: none, .727, .926, 1.446. Stable embedding: none, .746,
+  1.012, 1.542. The root: none, .747, .991, 1.483; 32 bits with a stable
+  embedding none, .746, 1.029, 1.596. So naive 8-bit diverges where 32 bits
+  never do: replicated; a dynamic map alone mends that, with a worse loss from
+  3e-3 on; blocks are as good as 32 bits at 1e-3 (.727 +-.003, .728 +-.003) and
+  at 1e-2: replicated; a stable embedding is no gain here, with 32 bits neither
+  (+.018 at 1e-3): refuted at this size. 95% intervals of means are +-.002 to
+  .009 at 1e-3 and to +-.5 at 3e-3. `full`: not run; measured by us
 Check: none
 """
 

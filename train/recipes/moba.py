@@ -18,7 +18,7 @@ Command: python -m train.main --config moba
 Claim: smaller blocks and convolved keys make block routing as good as dense
   attention, in loss and in retrieval; paper's claim
 Result: loss 0.7 to 2.4% above dense (+-2.8), needles found 0.20 to 0.60, dense
-  0.95; kernels 13 x cuDNN at 128K (H100), 84 x FlashAttention-2 at 512K (H200)
+  0.95; kernels at 512K 52 x cuDNN, 84 x FlashAttention-2 (H200)
 Measured: `full`, 16 runs on four H200s, four at a time, 22 min in all, jax
   0.11.2; held-out nats a byte of two seeds, the excess over dense with a 95%
   interval, and needles found. dense 0.997, 0.951; convolved 0.990, -0.7% [-3.4,
@@ -31,10 +31,11 @@ Measured: `full`, 16 runs on four H200s, four at a time, 22 min in all, jax
   (+0.08, +0.09): replicated; as many as dense: refuted at this size. Steps a
   second, 65,536 bytes each, width 64 a head: dense 9.4, blocks of 128 10.4, 64
   8.1, 32 5.3. The kernels alone, forward and backward with the choice, blocks
-  of 128, 8 a query, 16 heads of 128, bfloat16: of 2 rows of 131,072 tokens 71.3
-  ms, and 923 of cuDNN's dense attention (one H100 80GB); of one row
-  of 524,288 145 ms, and 12,174 of FlashAttention-2 by torch (one H200). The
-  README has other lengths and blocks; measured by us
+  of 128, 8 a query, 16 heads of 128, bfloat16, one H200, cuDNN's dense
+  attention and FlashAttention-2 by torch in the same run: of 2 rows of 131,072
+  tokens 62.4 ms (the choice 16.2), 921 and 1,523; of one row of 524,288 145 ms
+  (49.5), 7,459 and 12,184; of 2 rows of 8,192 3.12, 3.70 and 6.64. The README
+  has other lengths and blocks; measured by us
 Check: none
 """
 

