@@ -9,6 +9,7 @@ import sysconfig
 import pytest
 
 from isthmus.train import recipe
+from tests import shares
 
 ROOT = pathlib.Path(__file__).parents[1]
 PORTIONS = ("attention", "data", "nets", "pallas", "train")
@@ -52,6 +53,19 @@ def test_every_module_has_its_test():
       continue
     mirror = ROOT / "tests" / inner.parent / f"test_{path.stem}.py"
     assert mirror.is_file(), f"{inner} has no {mirror.relative_to(ROOT)}"
+
+
+def test_what_is_shared_out_is_there():
+  """Files by which processes share the tests; parts of two of them."""
+  assert not [x for x in shares.LONG if not (ROOT / x).is_file()]
+  share, inner = shares.share, "tests/test_docstrings.py::"
+  assert share(f"{inner}test_examples_run[nets/lm/llama.py]") == (
+    share(f"{inner}test_public_names_are_documented[nets/lm/hybrid.py]")
+  )
+  assert share(f"{inner}test_examples_run[nets/mlp.py]") == f"{inner}nets"
+  recipes = "tests/train/recipes/test_recipes.py"
+  assert share(f"{recipes}::test_it[moba]") != share(f"{recipes}::test_it[toy]")
+  assert share("tests/test_docs.py::test_it[a/b]") == "tests/test_docs.py"
 
 
 def test_nothing_heavy_at_import():
