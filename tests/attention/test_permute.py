@@ -63,6 +63,13 @@ def test_the_whole_mass_is_dense_attention(t, permute):
   np.testing.assert_allclose(lse, want[1], atol=2e-6)
 
 
+def test_blocks_of_one_token_see_their_own():
+  args = [x[:, :9] for x in (Q, K, V)]
+  o = pbs_attention(*args, block=1, segment=2, threshold=1)
+  want = attention(*args, causal=True)
+  np.testing.assert_allclose(o, want, atol=2e-6)
+
+
 def test_any_order_within_segments_is_dense_attention():
   """Blocks of earlier segments have no element that is hidden."""
   order = random_order(2, 2, 77, 16)

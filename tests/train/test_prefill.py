@@ -45,15 +45,21 @@ def test_a_run_writes_a_table_with_what_is_equal_and_a_figure(tmp_path):
     recipe.get_config("smoke"),
     levels={"window": (0.1, 0.6)},
     equal=(0.7, 0.01),
+    contexts=(256, 192),
   )
   found = job.run(tmp_path)
+  # A window of as much of a context is in other blocks of a shorter one.
+  assert found["192/window=0.6/kept"] != found["256/window=0.6/kept"]
+  assert found["192/dense/perplexity"] != found["256/dense/perplexity"]
   assert found["256/dense/kept"] == 1.0 > found["256/window=0.1/kept"]
   low, high = (found[f"256/window={x}/mass"] for x in (0.1, 0.6))
   assert found["256/window@0.7/mass"] == pytest.approx(0.7) and low < 0.7 < high
   assert found["256/window@0.7/kept"] < found["256/window=0.6/kept"]
   assert not any("@0.01" in name for name in found)
   table = (tmp_path / "prefill.md").read_text().splitlines()
-  assert len(table) == 2 + 4 and table[2].startswith("| 256/dense | 1.000 |")
+  assert len(table) == 2 + 2 * 4 - 1 and table[2].startswith(
+    "| 256/dense | 1.000 |"
+  )
   assert (tmp_path / "prefill.png").stat().st_size > 10_000
 
 

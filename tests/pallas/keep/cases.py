@@ -60,7 +60,7 @@ def check(keep, name):
     weight /= np.maximum(weight.sum(-1, keepdims=True), 1e-30)
     target = np.float32(0.9) if not lead else rng.random(lead).astype("f4")
   forced = rng.integers(-1, m, shape[-1:]).astype(np.int32)
-  ends = np.maximum(limit - rng.integers(0, 3, limit.shape), 0).astype("i4")
+  ends = np.maximum(limit + rng.integers(-3, 4, limit.shape), 0).astype("i4")
   want = by_sorting(weight, whole, np.broadcast_to(target, shape), limits)
   assert 0 < want.sum() < want.size
   for more in ((forced, ends), (np.int32(-1), limit)):
@@ -69,7 +69,8 @@ def check(keep, name):
     assert num.dtype == index.dtype == np.int32
     assert 0 <= np.min(index) <= np.max(index) < m
     chosen = want | (np.arange(m) == more[0][..., None])
-    chosen = chosen & (np.arange(m) < more[1][..., None])
+    end = np.minimum(more[1], limit)[..., None]
+    chosen = chosen & (np.arange(m) < end)
     np.testing.assert_array_equal(num, chosen.sum(-1))
     np.testing.assert_array_equal(listed(num, index), chosen)
   return True
