@@ -44,26 +44,39 @@ def write(
 
   Example:
     >>> code = jnp.array([[LISTED, LISTED + EQUAL, LISTED + SURE]])
-    >>> num, index = np.zeros(1, int), np.zeros((1, 3), int)
     >>> one = jnp.ones((1, 3))
-    >>> with interpreted():
-    ...   write(None, None, code, one, one, 2 * one, num, index)
+    >>> num, index = lists(code, one, one, 2 * one)  # which is what it writes
     >>> num.tolist(), index.tolist()
     ([2], [[1, 2, 0]])
   """
   if interpreting():
-    equal = (code & EQUAL) > 0
-    rank = jnp.cumsum(equal, axis=1) - equal
-    kept = equal & (have + weight * rank < target)
-    kept = (kept | ((code & SURE) > 0)) & ((code & LISTED) > 0)
-    num, index = compact(kept)
-    num_ref[...] = num
-    valid = jnp.arange(index.shape[1]) < num[:, None]
-    index_ref[...] = jnp.where(valid, index, 0)
+    num_ref[...], index_ref[...] = lists(code, weight, have, target)
     return
   ref = plgpu.RefType()
   run = plgpu.inline_mgpu(arg_types=(layout,) * 4 + (ref, ref))(_write)
   run(code, weight, have, target, num_ref, index_ref)
+
+
+def lists(
+  code: Int32[Array, "r m"],
+  weight: Float[Array, "r m"],
+  have: Float[Array, "r m"],
+  target: Float[Array, "r m"],
+) -> tuple[Int32[Array, "r"], Int32[Array, "r m"]]:
+  """What `write` writes, in XLA; past the number there are zeros.
+
+  Example:
+    >>> one, equal = jnp.ones((1, 3)), jnp.full((1, 3), LISTED + EQUAL)
+    >>> [x.tolist() for x in lists(equal, one, 0 * one, 2 * one)]
+    [[2], [[0, 1, 0]]]
+  """
+  equal = (code & EQUAL) > 0
+  rank = jnp.cumsum(equal, axis=1) - equal
+  kept = equal & (have + weight * rank < target)
+  kept = (kept | ((code & SURE) > 0)) & ((code & LISTED) > 0)
+  num, index = compact(kept)
+  valid = jnp.arange(index.shape[1]) < num[:, None]
+  return num, jnp.where(valid, index, 0)
 
 
 def _write(ctx, code, weight, have, target, num_ref, index_ref) -> None:
