@@ -220,10 +220,10 @@ def pbs_attention(
     raise ValueError(f"permute is {permute!r}, not 'kv_head' or 'head'")
   if permute == "head":
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  settings: dict[str, Any] = {"causal": True, "scale": scale, "impl": impl}
+  settings: dict[str, Any] = {"scale": scale, "impl": impl}
   settings["return_lse"] = return_lse
   if q.shape[1] <= segment and q.shape[1] == k.shape[1]:
-    return attention(q, k, v, **settings)
+    return attention(q, k, v, causal=True, **settings)
   # A choice has no gradient, and its kernels have none to offer.
   mask, order = pbs_select(
     *jax.lax.stop_gradient((q, k)),
@@ -233,7 +233,7 @@ def pbs_attention(
     sink=sink,
     scale=scale,
   )
-  settings["causal"] = False  # the mask is
+  # The mask is causal.
   return attention(
     q, reorder(k, order), reorder(v, order), mask=mask, **settings
   )

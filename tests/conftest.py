@@ -26,7 +26,7 @@ os.environ.setdefault(
   ),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Programs say of no operation which lines it comes from: a sixth of the work.
+# Programs say of no operation which lines it comes from, which is work saved.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
@@ -66,8 +66,8 @@ def pytest_configure(config):
   if not _asked(config, "gpu"):
     # Programs run once here, and most of a run is XLA's work on them: up to
     # half less without LLVM's optimisations and by emitters that need no MLIR,
-    # and a third of the rest less where a program isn't cut into pieces, which
-    # are for more cores than a test has.
+    # and less again where a program isn't cut into pieces, which are for more
+    # cores than a test has.
     # XLA_FLAGS=--xla_backend_optimization_level=3 runs what users run.
     level = "xla_backend_optimization_level"
     if level not in (flags := os.environ.get("XLA_FLAGS", "")):

@@ -1,6 +1,5 @@
 """How fast a whole decoder reads a prompt, its attention over chosen blocks."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -171,19 +170,13 @@ class PrefillDeep:
       chosen = way(name, level, block=self.arrays.block, length=length)
       cases[f"{name}={level:g}"] = (chosen.attend, chosen.select)
     found, limit = {}, self.arrays.seconds
-    # All are compiled side by side, which takes longer than to time them, and
-    # before any is timed.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-      programs = {
-        name: pool.submit(build, self.prefill(attend), *given)
-        for name, (attend, _) in cases.items()
-      }
-    for name, (_, select) in cases.items():
+    for name, (attend, select) in cases.items():
       if limit and time.monotonic() - began > limit:
         log.say(f"{length}/{name}: there was no time left")
         continue
       try:
-        ms = clock.seconds_of(programs[name].result(), [given]) * 1e3
+        program = build(self.prefill(attend), *given)
+        ms = clock.seconds_of(program, [given]) * 1e3
       except Exception as error:
         log.say(f"{length}/{name}: {type(error).__name__}: {error}")
         continue

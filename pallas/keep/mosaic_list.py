@@ -83,15 +83,13 @@ def _write(ctx, code, weight, have, target, num_ref, index_ref) -> None:
   """As `write`, a thread's part."""
   from jax.experimental.mosaic.gpu import utils
   from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import arith, memref, vector
+  from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
   del ctx
   i32 = ir.IntegerType.get_signless(32)
   f32, spot = ir.F32Type.get(), ir.IndexType.get()
 
   def asm(text, constraints, *operands):
-    from jaxlib.mlir.dialects import llvm
-
     return llvm.inline_asm(
       i32, list(operands), text, constraints, has_side_effects=True
     )

