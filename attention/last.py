@@ -1,17 +1,16 @@
-"""What the last queries of a long row attend to, key by key."""
+"""What the last queries of a long row attend to."""
 
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.attention.pooling import REDUCE
-from isthmus.attention.sdpa import attention
+from isthmus.attention.pooling import LOGITS
+from isthmus.pallas.dispatch import Impl, Op
+from isthmus.pallas.importance import mosaic
+from isthmus.pallas.importance.api import Options as ImportanceOptions
 from isthmus.pallas.scores.api import Options
-
-#: The fewest keys of a piece of a long row.
-PIECE = 4096
 
 
 def last_importance(
@@ -34,40 +33,66 @@ def last_importance(
     rows: how many queries.
     causal: a query sees keys up to its own.
     scale: default d ** -0.5.
-    impl: of `isthmus.attention.pooling.REDUCE`, an implementation's name.
+    impl: of `LOGITS` and `IMPORTANCE`, an implementation's name.
 
   Example:
     >>> q = k = jnp.zeros((1, 4, 1, 8))
     >>> last_importance(q, k, rows=1, causal=True).tolist()
     [[[0.25, 0.25, 0.25, 0.25]]]
   """
-  t, d = q.shape[1], q.shape[3]
-  rows, scale = min(rows, t), d**-0.5 if scale is None else scale
-  q = q[:, t - rows :]
-  lse = _lse(q, k, causal, scale)
-  side = min(1 << max(rows - 1, 7).bit_length(), 128)
-  options = Options(side, "sum", "columns", causal, float(scale))
-  found = REDUCE(k, q, lse, options=options, impl=impl)
-  return jnp.sum(found, axis=2) / rows
+  q, scale = _last(q, rows, scale)
+  # Of 128 keys each the sums are least, and all that is wanted is theirs.
+  options = Options(128, "sum", causal, scale)
+  _, lse = LOGITS(q, k, options=options, impl=impl)
+  options = ImportanceOptions(causal, scale)
+  return IMPORTANCE(q, k, lse, options=options, impl=impl) / q.shape[1]
 
 
-def _lse(q, k, causal, scale):
-  """Of few queries and many keys, whose pieces go side by side."""
-  (b, rows, n, d), (s, heads) = q.shape, k.shape[1:3]
-  pieces = 1
-  while s % (2 * pieces) == 0 and s // (2 * pieces) >= max(PIECE, rows):
-    pieces *= 2
-  size = s // pieces
-  q = jnp.broadcast_to(q[:, None], (b, pieces, rows, n, d))
-  q, k = q.reshape(-1, rows, n, d), k.reshape(-1, size, heads, d)
-  settings: dict[str, Any] = {"causal": causal, "scale": scale}
-  if causal and pieces > 1:
-    at = jnp.arange(s, dtype=jnp.int32)
-    where = jnp.broadcast_to(at.reshape(pieces, size), (b, pieces, size))
-    settings |= {
-      "q_positions": at[s - rows :].reshape(1, 1, rows),
-      "kv_positions": where.reshape(-1, 1, size),
-    }
-  # Of the values nothing is wanted.
-  lse = attention(q, k, k[..., :1], **settings, return_lse=True)[1]
-  return jax.nn.logsumexp(lse.reshape(b, pieces, n, rows), axis=1)
+def last_mass(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  rows: int,
+  block: int,
+  causal: bool,
+  scale: float | None = None,
+  impl: Any = None,
+) -> Float[Array, "b n m"]:
+  """The sums of `last_importance` over blocks of keys, in one pass over them.
+
+  Args:
+    q, k, rows, causal, scale: as in `last_importance`.
+    block: of how many keys; the last one may be short.
+    impl: of `LOGITS`, an implementation's name.
+
+  Example:
+    >>> q = k = jnp.zeros((1, 4, 1, 8))
+    >>> last_mass(q, k, rows=1, block=3, causal=True).tolist()
+    [[[0.75, 0.25]]]
+  """
+  q, scale = _last(q, rows, scale)
+  side = math.gcd(block, 128)
+  options = Options(side, "sum", causal, scale)
+  found, lse = LOGITS(q, k, options=options, impl=impl)
+  # -inf of a query that sees nothing gives nothing.
+  lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+  found = jnp.exp(found - lse[:, :, None]).mean(axis=3)
+  per = block // side
+  found = jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[2] % per)))
+  return found.reshape(*found.shape[:2], -1, per).sum(axis=3)
+
+
+def _last(q, rows, scale):
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  return q[:, max(q.shape[1] - rows, 0) :], float(scale)
+
+
+#: `isthmus.pallas.importance.ref.importance` and what else does it.
+IMPORTANCE = Op(
+  "importance",
+  (
+    Impl("mosaic", mosaic.importance, mosaic.refuse),
+    Impl("xla", "isthmus.pallas.importance.ref:importance"),
+  ),
+  {"gpu": ("mosaic", "xla"), "cpu": ("xla",), "tpu": ("xla",)},
+)

@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.attention.sdpa import attention
 from isthmus.pallas.dispatch import Impl, Op
 from isthmus.pallas.precision import accumulator, exact_dot
 from isthmus.pallas.scores import mosaic
@@ -77,7 +76,7 @@ def tile_softmax(
     side: of a tile; divides 128.
     reduce: "max" or "sum".
     scale: of the logits.
-    impl: of `REDUCE`, an implementation's name.
+    impl: of `LOGITS`, an implementation's name.
 
   Example:
     >>> q = k = jnp.zeros((1, 4, 1, 8))
@@ -86,12 +85,10 @@ def tile_softmax(
     [[[[1.0, 0.0], [0.3330000042915344, 0.3330000042915344]]]]
   """
   (b, length, n, _), tiles = q.shape, -(-q.shape[1] // side)
-  # Of the values nothing is wanted.
-  lse = attention(q, k, k[..., :1], causal=True, scale=scale, return_lse=True)[
-    1
-  ]
   options = Options(side, reduce, scale=float(scale))
-  found = REDUCE(q, k, lse, options=options, impl=impl)
+  found, lse = LOGITS(q, k, options=options, impl=impl)
+  # Every query sees itself, so that each lse is a number.
+  found = jnp.exp(found - lse[:, :, None])
   found = jnp.pad(
     found, ((0, 0), (0, 0), (0, 0), (0, tiles * side - length))
   ).reshape(b, n, tiles, tiles, side)
@@ -99,12 +96,12 @@ def tile_softmax(
   return jnp.swapaxes(found, 2, 3)
 
 
-#: `isthmus.pallas.scores.ref.reduce_scores` and what else does it.
-REDUCE = Op(
-  "reduce_scores",
+#: `isthmus.pallas.scores.ref.reduce_logits` and what else does it.
+LOGITS = Op(
+  "reduce_logits",
   (
-    Impl("mosaic", mosaic.reduce_scores, mosaic.refuse),
-    Impl("xla", "isthmus.pallas.scores.ref:reduce_scores"),
+    Impl("mosaic", mosaic.reduce_logits, mosaic.refuse),
+    Impl("xla", "isthmus.pallas.scores.ref:reduce_logits"),
   ),
   {"gpu": ("mosaic", "xla"), "cpu": ("xla",), "tpu": ("xla",)},
 )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
 from isthmus.attention.keep import causal_mask, keep_count, keep_sum
-from isthmus.attention.last import last_importance
+from isthmus.attention.last import last_mass
 from isthmus.attention.pooling import tile_softmax
 from isthmus.attention.sdpa import attention, check_shapes
 from isthmus.attention.select import check_own
@@ -88,12 +88,10 @@ def block_budget(
     >>> block_budget(q, k, gamma=0.5, block=16).tolist()
     [[2, 2]]
   """
-  (b, t, n, _), blocks = q.shape, -(-q.shape[1] // block)
   if gamma == 1:
-    return jnp.full((b, n), blocks, jnp.int32)
-  mass = last_importance(q, k, rows=block, causal=True, scale=scale)
-  mass = jnp.pad(mass, ((0, 0), (0, 0), (0, blocks * block - t)))
-  mass = mass.reshape(b, n, blocks, block).sum(axis=3)
+    blocks = -(-q.shape[1] // block)
+    return jnp.full((q.shape[0], q.shape[2]), blocks, jnp.int32)
+  mass = last_mass(q, k, rows=block, block=block, causal=True, scale=scale)
   mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
   return keep_sum(mass, jnp.float32(gamma))[0]
 

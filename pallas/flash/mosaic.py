@@ -255,10 +255,12 @@ def _order(work):
 def _clean_keys(options, q, k, v, extras):
   """Keys and values, those that no query tile may see being 0.
 
-  0 NaN is NaN, so masked probabilities alone would let padding through.
+  0 NaN is NaN, so masked probabilities alone would let padding through. Of
+  tiles that are not listed nothing is read, so that lists hide no padding.
   """
+  everywhere = extras._replace(lists=None)
   if options.predicate is None or not may_miss(
-    options, extras, q.shape[1], k.shape[1]
+    options, everywhere, q.shape[1], k.shape[1]
   ):
     return k, v
   some, _ = planning.classify(

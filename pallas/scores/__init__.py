@@ -1,1 +1,1 @@
-"""Sums and maxima of a softmax's probabilities, which never are stored."""
+"""Logits of a softmax, reduced over groups of keys in one pass over them."""

@@ -1,4 +1,4 @@
-"""Reduced scores against all of them, for every implementation."""
+"""Reduced logits against all of them, for every implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -7,50 +7,44 @@ import numpy as np
 from isthmus.pallas.scores.api import Options
 from tests.attention.oracle import inputs
 
-# (rows, columns, heads of rows and of columns, width), settings.
+# (queries, keys, heads of queries and of keys, width), settings.
 CASES = {
-  "queries by keys": ((150, 150, 4, 2, 64), Options(32, scale=0.3)),
+  "as many": ((150, 150, 4, 2, 64), Options(32, scale=0.3)),
   "sums, fewer queries": ((70, 150, 2, 2, 64), Options(16, "sum", scale=0.3)),
-  "more queries than keys": ((150, 40, 1, 1, 8), Options(8, scale=0.3)),
-  "not causal": ((70, 200, 2, 1, 40), Options(64, "sum", causal=False)),
-  "keys by queries": (
-    (300, 20, 2, 4, 64),
-    Options(128, "sum", "columns", scale=0.3),
+  "more queries than keys": ((150, 40, 2, 1, 8), Options(8, scale=0.3)),
+  "sums, some see nothing": (
+    (300, 140, 4, 2, 64),
+    Options(128, "sum", scale=0.3),
   ),
-  "keys by queries, not causal": (
-    (130, 200, 1, 3, 16),
-    Options(64, "max", "columns", False, 0.3),
+  "not causal": ((130, 200, 3, 1, 16), Options(64, causal=False, scale=0.3)),
+  "sums, not causal": (
+    (70, 200, 2, 1, 40),
+    Options(64, "sum", causal=False, scale=-1.0),
   ),
 }
 
 
-def check(reduce_scores, name, dtype):
-  """True: it equals them. lse is the softmax's; some are -inf."""
-  (r, c, h, g, d), options = CASES[name]
-  x, *_ = inputs(2, r, 1, h, h, d, dtype=dtype)
-  y, *_ = inputs(2, c, 1, g, g, d, dtype=dtype, seed=1)
-  n = max(h, g)
-  rows, columns = (
-    np.repeat(np.asarray(z, np.float64), n // z.shape[2], axis=2)
-    for z in (x, y)
-  )
-  logits = np.einsum("brnd,bcnd->bnrc", rows, columns) * options.scale
-  i, j = np.arange(r)[:, None], np.arange(c)
-  by_row = options.queries == "rows"
-  seen = np.ones((r, c), bool)
+def check(reduce_logits, name, dtype):
+  """True: it equals them."""
+  (t, s, n, heads, d), options = CASES[name]
+  q, *_ = inputs(2, t, 1, n, n, d, dtype=dtype)
+  k, *_ = inputs(2, s, 1, heads, heads, d, dtype=dtype, seed=1)
+  wide = np.repeat(np.asarray(k, np.float64), n // heads, axis=2)
+  x = np.einsum("btnd,bsnd->bnts", np.asarray(q, np.float64), wide)
+  x = x * options.scale
   if options.causal:
-    seen = j <= i + c - r if by_row else i <= j + r - c
-  logits = np.where(seen, logits, -np.inf)
+    seen = np.arange(s) <= np.arange(t)[:, None] + s - t
+    x = np.where(seen, x, -np.inf)
+  ends = ((0, 0), (0, 0), (0, 0), (0, -s % options.side))
+  x = np.pad(x, ends, constant_values=-np.inf)
+  groups = x.reshape(2, n, t, -1, options.side)
   with np.errstate(divide="ignore"):
-    lse = np.log(np.exp(logits).sum(3 if by_row else 2))
-  safe = np.where(np.isneginf(lse), 0, lse)
-  p = np.exp(logits - (safe[..., None] if by_row else safe[:, :, None]))
-  p = np.pad(p, ((0, 0), (0, 0), (0, 0), (0, -c % options.side)))
-  p = p.reshape(2, n, r, -1, options.side)
-  want = (p.max(4) if options.reduce == "max" else p.sum(4)).swapaxes(2, 3)
-  found = jax.jit(lambda *x: reduce_scores(*x, options=options))(
-    x, y, jnp.asarray(lse, jnp.float32)
-  )
-  assert found.shape == want.shape and found.dtype == jnp.float32
-  np.testing.assert_allclose(found, want, atol=2e-6, rtol=2e-5)
+    lse = np.log(np.exp(x).sum(axis=3))
+    want = np.log(np.exp(groups).sum(axis=4))
+  if options.reduce == "max":
+    want = groups.max(axis=4)
+  found = jax.jit(lambda q, k: reduce_logits(q, k, options=options))(q, k)
+  for one, all_ in zip(found, (want.swapaxes(2, 3), lse), strict=True):
+    assert one.shape == all_.shape and one.dtype == jnp.float32
+    np.testing.assert_allclose(one, all_, atol=2e-5, rtol=1e-5)
   return True

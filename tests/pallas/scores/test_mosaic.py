@@ -1,12 +1,14 @@
-"""Reduced scores by the kernel: interpreted on a CPU, and on a GPU."""
+"""Reduced logits by the kernel: interpreted on a CPU, and on a GPU."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from isthmus.pallas.compat import has_mosaic, interpreted
-from isthmus.pallas.scores import mosaic
+from isthmus.pallas.scores import mosaic, ref
 from isthmus.pallas.scores.api import Options
+from tests.attention.oracle import inputs
 from tests.pallas.scores.cases import CASES, check
 
 pytestmark = pytest.mark.once
@@ -18,36 +20,53 @@ needs_mosaic = pytest.mark.skipif(
 
 @needs_mosaic
 @pytest.mark.parametrize("name", CASES)
-def test_equals_all_scores(name):
+def test_equals_all_logits(name):
   with interpreted():
-    assert check(mosaic.reduce_scores, name, jnp.bfloat16)
+    assert check(mosaic.reduce_logits, name, jnp.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_equals_all_scores_on_gpu(name):
-  assert check(mosaic.reduce_scores, name, jnp.bfloat16)
+def test_equals_all_logits_on_gpu(name):
+  assert check(mosaic.reduce_logits, name, jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+def test_long_rows_on_gpu(d, dtype):
+  """Several walks of many tiles, and the same bits each time."""
+  q, k, *_ = inputs(1, 700, 9000, 4, 2, d, dtype=dtype)
+  for options in (Options(32, scale=d**-0.5), Options(128, "sum")):
+    f = jax.jit(lambda q, k, o=options: mosaic.reduce_logits(q, k, options=o))
+    found = f(q, k)
+    want = ref.reduce_logits(
+      *(x.astype(jnp.float32) for x in (q, k)), options=options
+    )
+    for x, y in zip(found, want, strict=True):
+      np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5)
+    for _ in range(20):
+      for x, y in zip(f(q, k), found, strict=True):
+        assert (x == y).all()
 
 
 @needs_mosaic
 @pytest.mark.parametrize("side", [8, 32, 128])
-@pytest.mark.parametrize("queries", ["rows", "columns"])
-def test_it_lowers_for_a_gpu(side, queries):
+@pytest.mark.parametrize("reduce", ["max", "sum"])
+def test_it_lowers_for_a_gpu(side, reduce):
   x = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)
-  lse = jax.ShapeDtypeStruct((1, 2, 4096), jnp.float32)
-  options = Options(side, "sum", queries)
-  f = jax.jit(lambda *a: mosaic.reduce_scores(*a, options=options))
-  text = f.trace(x, x, lse).lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("reduce_scores") >= 1 and "4096x4096" not in text
+  options = Options(side, reduce)
+  f = jax.jit(lambda *a: mosaic.reduce_logits(*a, options=options))
+  text = f.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("reduce_logits") >= 1 and "4096x4096" not in text
 
 
 @needs_mosaic
 def test_layers_alike_are_lowered_once():
   x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
-  lse = jax.ShapeDtypeStruct((1, 2, 1024), jnp.float32)
-  one = lambda *a: mosaic.reduce_scores(*a, options=Options(32))
-  f = jax.jit(lambda x, y, lse: one(x, y, lse) + one(y, x, lse))
-  text = f.trace(x, x, lse).lower(lowering_platforms=("cuda",)).as_text()
+  one = lambda *a: mosaic.reduce_logits(*a, options=Options(32))[0]
+  f = jax.jit(lambda q, k: one(q, k) + one(k, q))
+  text = f.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -64,11 +83,12 @@ def test_layers_alike_are_lowered_once():
 def test_what_is_refused(dtype, d, side, said):
   x = jax.ShapeDtypeStruct((1, 128, 2, d), dtype)
   with interpreted():
-    assert mosaic.refuse(x, x, None, options=Options(side)) == said
+    assert mosaic.refuse(x, x, options=Options(side)) == said
 
 
-def test_a_machine_without_hopper_is_refused(monkeypatch):
-  x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
-  assert "it needs" in mosaic.refuse(x, x, None, options=Options(32))
-  monkeypatch.setattr(mosaic, "refuse_machine", lambda: None)
-  assert mosaic.refuse(x, x, None, options=Options(32)) is None
+@needs_mosaic
+def test_empty_arrays_are_refused():
+  x = jax.ShapeDtypeStruct((1, 0, 2, 64), jnp.bfloat16)
+  with interpreted():
+    said = mosaic.refuse(x, x, options=Options(8))
+  assert said == "it takes no empty arrays: (1, 0, 2, 64), (1, 0, 2, 64)"

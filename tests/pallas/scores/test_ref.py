@@ -1,4 +1,4 @@
-"""Reduced scores in XLA."""
+"""Reduced logits in XLA."""
 
 import jax.numpy as jnp
 import pytest
@@ -10,8 +10,8 @@ pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_all_scores(name, monkeypatch):
+def test_equals_all_logits(name, monkeypatch):
   """At once, and in portions of some rows."""
-  assert check(ref.reduce_scores, name, jnp.float32)
+  assert check(ref.reduce_logits, name, jnp.float32)
   monkeypatch.setattr(ref, "SIZE", 2000)
-  assert check(ref.reduce_scores, name, jnp.float32)
+  assert check(ref.reduce_logits, name, jnp.float32)

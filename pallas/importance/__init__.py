@@ -1,0 +1,1 @@
+"""What few queries give to each of many keys, whose softmax never is stored."""

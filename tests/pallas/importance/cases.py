@@ -1,0 +1,40 @@
+"""Importance against the whole softmax, for every implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isthmus.pallas.importance.api import Options
+from tests.attention.oracle import inputs
+
+# (queries, keys, heads of queries and of keys, width), settings.
+CASES = {
+  "few queries": ((20, 300, 4, 2, 64), Options(scale=0.3)),
+  "more than a tile": ((150, 200, 2, 1, 64), Options(scale=0.3)),
+  "more queries than keys": ((150, 40, 1, 1, 8), Options(scale=0.3)),
+  "not causal": ((130, 200, 3, 1, 16), Options(causal=False, scale=0.3)),
+  "many keys": ((40, 1200, 2, 2, 40), Options(causal=False, scale=-0.3)),
+}
+
+
+def check(importance, name, dtype):
+  """True: it equals its sums. lse is the softmax's; some are -inf."""
+  (t, s, n, heads, d), options = CASES[name]
+  q, *_ = inputs(2, t, 1, n, n, d, dtype=dtype)
+  k, *_ = inputs(2, s, 1, heads, heads, d, dtype=dtype, seed=1)
+  wide = np.repeat(np.asarray(k, np.float64), n // heads, axis=2)
+  x = np.einsum("btnd,bsnd->bnts", np.asarray(q, np.float64), wide)
+  x = x * options.scale
+  if options.causal:
+    seen = np.arange(s) <= np.arange(t)[:, None] + s - t
+    x = np.where(seen, x, -np.inf)
+  with np.errstate(divide="ignore"):
+    lse = np.log(np.exp(x).sum(axis=3))
+  safe = np.where(np.isneginf(lse), 0, lse)
+  want = np.exp(x - safe[..., None]).sum(axis=2)
+  found = jax.jit(lambda *x: importance(*x, options=options))(
+    q, k, jnp.asarray(lse, jnp.float32)
+  )
+  assert found.shape == want.shape and found.dtype == jnp.float32
+  np.testing.assert_allclose(found, want, atol=5e-6, rtol=3e-5)
+  return True

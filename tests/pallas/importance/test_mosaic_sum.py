@@ -1,0 +1,36 @@
+"""The kernel of importance, of arrays that are whole tiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isthmus.pallas.compat import has_mosaic, interpreted
+
+if not has_mosaic():
+  pytest.skip("the kernels need jax 0.11", allow_module_level=True)
+
+from isthmus.pallas.importance import mosaic_sum, ref
+from isthmus.pallas.importance.api import Options
+from isthmus.pallas.importance.mosaic_sum import LOG2E, sum_tiles
+from tests.attention.oracle import inputs
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_stay_while_keys_go_by(causal):
+  """More tiles of keys than are walked along, the last walk a short one."""
+  keys = 64 * mosaic_sum.REACH + 128
+  q, k, *_ = inputs(2, 256, keys, 4, 2, 64, dtype=jnp.bfloat16)
+  lse = jax.random.normal(jax.random.key(1), (2, 4, 200)) + 3
+  ends = ((0, 0), (0, 0), (0, 56))
+  wide = jnp.pad(lse * LOG2E, ends, constant_values=jnp.inf)
+  options = Options(causal)
+  with interpreted():
+    found = jax.jit(
+      lambda *a: sum_tiles(*a, lengths=(200, keys), options=options)
+    )(q, k, wide)
+  want = ref.importance(q[:, :200], k, lse, options=options)
+  assert found.shape == (2, 4, 2, keys)
+  np.testing.assert_allclose(found.sum(axis=2), want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,17 @@
+"""Importance in XLA."""
+
+import jax.numpy as jnp
+import pytest
+
+from isthmus.pallas.importance import ref
+from tests.pallas.importance.cases import CASES, check
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_all_sums(name, monkeypatch):
+  """At once, and in portions of some keys."""
+  assert check(ref.importance, name, jnp.float32)
+  monkeypatch.setattr(ref, "SIZE", 2000)
+  assert check(ref.importance, name, jnp.float32)
