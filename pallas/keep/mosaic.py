@@ -191,7 +191,12 @@ def _settle(plgpu, layout, weigh, x_ref, row_refs, num_ref, index_ref) -> None:
     weight = plgpu.layout_cast(jnp.ones(shape, jnp.float32), layout)
 
   def sum_of(these: Any):
-    return jnp.where(these, weight, 0.0).sum(axis=1)
+    these = jnp.where(these, weight, 0.0)
+    # Halves are added up side by side, where a lane's numbers would wait.
+    while not (these.shape[1] // STEP) % 2:
+      half = these.shape[1] // 2
+      these = these[:, :half] + these[:, half:]
+    return these.sum(axis=1)
 
   def enough(least: Any):
     return sum_of(bits >= wide(least)) >= target

@@ -25,7 +25,7 @@ def reduce_logits(
     >>> [y.shape for y in jax.eval_shape(run, x)]
     [(1, 2, 4, 100), (1, 2, 100)]
   """
-  from isthmus.pallas.scores.mosaic_reduce import TILE, reduce_tiles
+  from isthmus.pallas.scores.mosaic_reduce import REACH, TILE, reduce_tiles
 
   t, s, side = q.shape[1], k.shape[1], options.side
   width = next(x for x in WIDTHS if x >= q.shape[3])
@@ -34,23 +34,21 @@ def reduce_logits(
     ends = ((0, 0), (0, -z.shape[1] % TILE), (0, 0), (0, width - z.shape[3]))
     return jnp.pad(z, ends)
 
-  found = reduce_tiles(
+  reduced, walks = reduce_tiles(
     padded(q), padded(k), lengths=(t, s), options=options
   )
 
   def seen(x, size):
     """Without what no query of a tile sees, which was not written."""
-    x = x[:, :, : -(-s // size), :t]
     if not options.causal:
       return x
     first = jnp.arange(x.shape[2], dtype=jnp.int32)[:, None] * size
     row = jnp.arange(t, dtype=jnp.int32) + (s - t)
     return jnp.where(first <= row, x, -jnp.inf)
 
-  reduced = seen(found[0], side)
-  # Sums of groups are those of all keys; maxima come with those of tiles.
-  sums = reduced if options.reduce == "sum" else seen(found[1], TILE)
-  return reduced, jax.nn.logsumexp(sums, axis=2)
+  reduced = seen(reduced[:, :, : -(-s // side), :t], side)
+  turns = [seen(x[..., :t], REACH) for x in jnp.moveaxis(walks, 3, 0)]
+  return reduced, jax.nn.logsumexp(jnp.concatenate(turns, axis=2), axis=2)
 
 
 def refuse(q, k, *, options: Options) -> str | None:
