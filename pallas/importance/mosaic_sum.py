@@ -99,7 +99,9 @@ def sum_tiles(q, k, lse, *, lengths, options):
       plgpu.wait_smem_to_gmem(STAGES - 1, wait_read_only=True)
       o_smem2.at[slot][...] = p.sum(axis=1)
       plgpu.commit_smem()
-      target = o_ref.at[batch, head, queries, pl.ds((begin + step) * ROWS, ROWS)]
+      target = o_ref.at[
+        batch, head, queries, pl.ds((begin + step) * ROWS, ROWS)
+      ]
       plgpu.copy_smem_to_gmem(o_smem2.at[slot], target)
 
     plgpu.wait_smem_to_gmem(0)

@@ -25,17 +25,18 @@ def reduce_logits(
     >>> [y.shape for y in jax.eval_shape(run, x)]
     [(1, 2, 4, 100), (1, 2, 100)]
   """
+  from isthmus.pallas.flash.tile import ROWS
   from isthmus.pallas.scores.mosaic_reduce import REACH, TILE, reduce_tiles
 
   t, s, side = q.shape[1], k.shape[1], options.side
   width = next(x for x in WIDTHS if x >= q.shape[3])
 
-  def padded(z):
-    ends = ((0, 0), (0, -z.shape[1] % TILE), (0, 0), (0, width - z.shape[3]))
+  def padded(z, size):
+    ends = ((0, 0), (0, -z.shape[1] % size), (0, 0), (0, width - z.shape[3]))
     return jnp.pad(z, ends)
 
   reduced, walks = reduce_tiles(
-    padded(q), padded(k), lengths=(t, s), options=options
+    padded(q, ROWS), padded(k, TILE), lengths=(t, s), options=options
   )
 
   def seen(x, size):
@@ -47,8 +48,7 @@ def reduce_logits(
     return jnp.where(first <= row, x, -jnp.inf)
 
   reduced = seen(reduced[:, :, : -(-s // side), :t], side)
-  turns = [seen(x[..., :t], REACH) for x in jnp.moveaxis(walks, 3, 0)]
-  return reduced, jax.nn.logsumexp(jnp.concatenate(turns, axis=2), axis=2)
+  return reduced, jax.nn.logsumexp(seen(walks[..., :t], REACH), axis=2)
 
 
 def refuse(q, k, *, options: Options) -> str | None:

@@ -1,10 +1,9 @@
 """Reduced logits for sm_90 in Pallas Mosaic GPU.
 
-A tile of queries is kept by four warpgroups, and a fifth brings in tiles of
-keys: two take those of even number, 64 queries each, and two the others. Of a
-tile each query leaves a number for every group of its keys; of all tiles that
-a warpgroup has met, the logarithm of a sum, which are put together afterwards.
-So a long walk can be cut anywhere.
+Four warpgroups own 64 queries each, of heads that read the same keys, and a
+fifth brings in tiles of these. Of a tile each query leaves a number for every
+group of its keys; of all tiles of a walk, the logarithm of a sum, which are put
+together afterwards. So a long walk can be cut anywhere.
 """
 
 import functools
@@ -31,10 +30,8 @@ from isthmus.pallas.flash.tile import (
 from isthmus.pallas.scores.api import Options as Options
 
 LOG2E = math.log2(math.e)
-#: Queries and keys of a tile, and keys of a walk.
-TILE, REACH = 128, 4096
-#: Warpgroups that share a tile of keys, and that take turns at tiles.
-GROUPS, TURNS = 2, 2
+#: Keys of a tile and of a walk.
+TILE, REACH = 128, 8192
 #: Registers of a thread that only loads, and of all threads of a CTA.
 FEW, ALL = 24, 65536
 
@@ -43,18 +40,17 @@ FEW, ALL = 24, 65536
 def reduce_tiles(q, k, *, lengths, options):
   """What `ref.reduce_logits` reduces, of padded arrays.
 
-  Groups of keys in tiles that a causal mask hides from all of a tile's queries
+  Tiles of keys that a causal mask hides from all queries that are side by side
   are left as they were.
 
   Args:
-    q: [b t n d]; t is a multiple of TILE, d of 64.
+    q: [b t n d]; t is a multiple of ROWS, d of 64.
     k: [b s k d]; s is a multiple of TILE.
     lengths: (queries, keys) that count.
     options: an `Options`; side is a multiple of 8.
 
   Returns:
-    float32 [b n s / side t]; and the lse of each turn of a walk,
-    [b n walks TURNS t].
+    float32 [b n s / side t]; and the lse of each walk, [b n walks t].
 
   Example:
     >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
@@ -62,48 +58,48 @@ def reduce_tiles(q, k, *, lengths, options):
     ...   reduce_tiles, lengths=(100, 100), options=Options(side=32)
     ... )
     >>> [y.shape for y in jax.eval_shape(run, x, x)]
-    [(1, 2, 4, 128), (1, 2, 1, 2, 128)]
+    [(1, 2, 4, 128), (1, 2, 1, 128)]
   """
   (b, t, n, d), (s, heads) = q.shape, k.shape[1:3]
-  side, factor = options.side, options.scale * LOG2E
-  tiles, steps, reach = t // TILE, s // TILE, REACH // TILE
-  walks, per = -(-steps // reach), TILE // side
-  # A slot is of even or of odd tiles only.
-  stages = 2 * TURNS if d <= 128 else TURNS
-  shift, tile, workers = lengths[1] - lengths[0], (ROWS, TILE), GROUPS * TURNS
-  registers = ALL // (128 * (workers + 1)) // 8 * 8 * (workers + 1) - FEW
-  registers = registers // workers // 8 * 8
+  side, factor, group = options.side, options.scale * LOG2E, n // heads
+  steps, reach, per = s // TILE, REACH // TILE, TILE // side
+  walks, shift, tile = -(-steps // reach), lengths[1] - lengths[0], (ROWS, TILE)
+  # Of 64 queries of a head each; heads that read the same keys are neighbours.
+  units = t // ROWS * group
+  workers = 4 if units > 2 and d <= 128 else 2
+  stages = 3 if d <= 128 else 2
+  parts, registers = -(-units // workers), _registers(workers)
 
   def body(q_ref, k_ref, o_ref, lse_ref, q_smem2, k_smem, o_smem3, *rest):
     lse_smem2, q_full, k_full, k_free = rest
     wg, item = lax.axis_index("wg"), lax.axis_index("item")
-    # Heads that read the same keys are neighbours. Where queries see all
-    # before them, the last ones have most to do.
-    head, item = rem(item, n), div(item, n)
+    kv_head, item = rem(item, heads), div(item, heads)
     walk, item = rem(item, walks), div(item, walks)
-    batch, row = rem(item, b), tiles - 1 - div(item, b)
+    # Where queries see all before them, the last ones have most to do.
+    batch, part = rem(item, b), parts - 1 - div(item, b)
     begin, end = walk * reach, jnp.int32(steps)
+
+    def unit(i):
+      """(head, first query) of a worker; the last ones may be the same."""
+      found = jnp.minimum(part * workers + i, units - 1)
+      return kv_head * group + rem(found, group), div(found, group) * ROWS
+
     if options.causal:
-      last = row * TILE + TILE - 1 + shift
+      last = unit(workers - 1)[1] + ROWS - 1 + shift
       end = jnp.clip(div(jnp.maximum(last, -1) + TILE, TILE), 0, steps)
     total = jnp.clip(end - begin, 0, reach)
 
     @pl.when((wg < workers) & (total > 0))
     def _compute():
       plgpu.set_max_registers(registers, action="increase")
-      half, turn = rem(wg, GROUPS), div(wg, GROUPS)
-      base = row * TILE + half * ROWS
-      rows, q_smem = pl.ds(base, ROWS), q_smem2.at[half]
+      (head, base), q_smem = unit(wg), q_smem2.at[wg]
+      rows = pl.ds(base, ROWS)
+      plgpu.copy_gmem_to_smem(
+        q_ref.at[batch, rows, head], q_smem, q_full.at[wg]
+      )
+      plgpu.barrier_wait(q_full.at[wg])
 
-      @pl.when(turn == 0)
-      def _():
-        source = q_ref.at[batch, rows, head]
-        plgpu.copy_gmem_to_smem(source, q_smem, q_full.at[half])
-
-      plgpu.barrier_wait(q_full.at[half])
-
-      def meet(i, carry):
-        step = i * TURNS + turn
+      def meet(step, carry):
         slot = rem(step, stages)
         plgpu.barrier_wait(k_full.at[slot])
         keys = k_smem.at[slot].transpose((1, 0))
@@ -112,23 +108,22 @@ def reduce_tiles(q, k, *, lengths, options):
         start = base, (begin + step) * TILE
         x = _visible(x * factor, start, lengths, options)
         numbers, carry = _reduced(x, *carry, options)
-        o_smem = o_smem3.at[wg, rem(i, 2)]
+        o_smem = o_smem3.at[wg, rem(step, 2)]
         # The numbers of two tiles before have been read.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        for j, number in enumerate(numbers):
-          o_smem.at[j][...] = number * (1 / LOG2E)
+        for i, number in enumerate(numbers):
+          o_smem.at[i][...] = number * (1 / LOG2E)
         plgpu.commit_smem()
         groups = pl.ds((begin + step) * per, per)
         plgpu.copy_smem_to_gmem(o_smem, o_ref.at[batch, head, groups, rows])
         return carry
 
       start = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
-      count = div(total + TURNS - 1 - turn, TURNS)
-      top, denominator = lax.fori_loop(0, count, meet, start)
+      top, denominator = lax.fori_loop(0, total, meet, start)
       safe = jnp.where(top == -jnp.inf, 0.0, top)
       lse_smem2.at[wg][...] = safe * (1 / LOG2E) + jnp.log(denominator)
       plgpu.commit_smem()
-      target = lse_ref.at[batch, head, walk, turn, rows]
+      target = lse_ref.at[batch, head, walk, rows]
       plgpu.copy_smem_to_gmem(lse_smem2.at[wg], target)
       plgpu.wait_smem_to_gmem(0)
 
@@ -141,7 +136,7 @@ def reduce_tiles(q, k, *, lengths, options):
         slot = rem(step, stages)
         keys = pl.ds((begin + step) * TILE, TILE)
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        source = k_ref.at[batch, keys, div(head, n // heads)]
+        source = k_ref.at[batch, keys, kv_head]
         plgpu.copy_gmem_to_smem(source, k_smem.at[slot], k_full.at[slot])
 
       drain(total, stages, k_free)
@@ -151,21 +146,27 @@ def reduce_tiles(q, k, *, lengths, options):
     (q, k),
     out_type=(
       jax.ShapeDtypeStruct((b, n, steps * per, t), jnp.float32),
-      jax.ShapeDtypeStruct((b, n, walks, TURNS, t), jnp.float32),
+      jax.ShapeDtypeStruct((b, n, walks, t), jnp.float32),
     ),
     scratch=(
-      tiled((GROUPS, ROWS, d), q.dtype),
+      tiled((workers, ROWS, d), q.dtype),
       tiled((stages, TILE, d), k.dtype),
       plgpu.SMEM((workers, 2, per, ROWS), jnp.float32),
       plgpu.SMEM((workers, ROWS), jnp.float32),
-      plgpu.Barrier(num_barriers=GROUPS),
+      plgpu.Barrier(num_barriers=workers),
       plgpu.Barrier(num_barriers=stages),
-      plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
     ),
-    items=b * n * tiles * walks,
+    items=b * heads * parts * walks,
     threads=workers + 1,
     name="reduce_logits",
   )
+
+
+def _registers(workers):
+  """Of a worker's threads, one warpgroup needing few."""
+  equal = ALL // (128 * (workers + 1)) // 8 * 8
+  return (equal * (workers + 1) - FEW) // workers // 8 * 8
 
 
 def _visible(x, start, lengths, options):
