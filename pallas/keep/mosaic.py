@@ -186,34 +186,27 @@ def _settle(plgpu, layout, weigh, x_ref, row_refs, num_ref, index_ref) -> None:
   # Those of -0 are a negative number's; those of no candidate reach no bits
   # that are looked for. Values are the same registers, read as floats.
   bits = within(jnp.maximum(bits_of(x), 0), -1)
-  one = plgpu.layout_cast(jnp.ones(shape, jnp.float32), layout)
-  weight = one if weigh == "one" else value_of(bits)
+  weight = value_of(bits)
+  if weigh == "one":
+    weight = plgpu.layout_cast(jnp.ones(shape, jnp.float32), layout)
 
-  def sum_of(these: Any, weight: Any):
-    these = jnp.where(these, weight, 0.0)
-    # Halves are added up side by side, where a lane's numbers would wait.
-    while not (these.shape[1] // STEP) % 2:
-      half = these.shape[1] // 2
-      these = these[:, :half] + these[:, half:]
-    return these.sum(axis=1)
+  def sum_of(these: Any):
+    return jnp.where(these, weight, 0.0).sum(axis=1)
 
   def enough(least: Any):
-    return sum_of(bits >= wide(least), weight) >= target
+    return sum_of(bits >= wide(least)) >= target
 
   # What is weighed as a softmax is 1 at most, whose bits are 30.
   least = _largest(enough, target, 30 if weigh == "softmax" else 31)
   above, equal = bits > wide(least), bits == wide(least)
   some = wide(target) > 0
-  above, equal = above & some, equal & some
-  # One alone at the least value is kept.
-  ties = wide(sum_of(equal, one))
   code = (
-    jnp.where(equal & (ties > 1), EQUAL, 0)
-    + jnp.where(above | (equal & (ties <= 1)) | (place == forced), SURE, 0)
+    jnp.where(equal & some, EQUAL, 0)
+    + jnp.where((above & some) | (place == forced), SURE, 0)
     + jnp.where(place < ends, LISTED, 0)
   )
-  have, target = wide(sum_of(above, weight)), wide(target)
-  write(plgpu, layout, code, weight, have, target, ties, num_ref, index_ref)
+  have, target = wide(sum_of(above)), wide(target)
+  write(plgpu, layout, code, weight, have, target, num_ref, index_ref)
 
 
 def _largest(holds: Any, like: Any, bits: int):

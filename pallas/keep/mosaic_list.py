@@ -24,7 +24,6 @@ def write(
   weight: Float[Array, "r m"],
   have: Float[Array, "r m"],
   target: Float[Array, "r m"],
-  ties: Float[Array, "r m"],
   num_ref: Any,
   index_ref: Any,
 ) -> None:
@@ -40,7 +39,6 @@ def write(
     weight: of each number.
     have: what those above the least value sum to, at each number.
     target: what is wanted, at each number.
-    ties: how many of the row are EQUAL, at each number; one alone is SURE.
     num_ref: int32 [r].
     index_ref: int32 [r m].
 
@@ -55,8 +53,8 @@ def write(
     num_ref[...], index_ref[...] = lists(code, weight, have, target)
     return
   ref = plgpu.RefType()
-  run = plgpu.inline_mgpu(arg_types=(layout,) * 5 + (ref, ref))(_write)
-  run(code, weight, have, target, ties, num_ref, index_ref)
+  run = plgpu.inline_mgpu(arg_types=(layout,) * 4 + (ref, ref))(_write)
+  run(code, weight, have, target, num_ref, index_ref)
 
 
 def lists(
@@ -81,7 +79,7 @@ def lists(
   return num, jnp.where(valid, index, 0)
 
 
-def _write(ctx, code, weight, have, target, ties, num_ref, index_ref) -> None:
+def _write(ctx, code, weight, have, target, num_ref, index_ref) -> None:
   """As `write`, a thread's part."""
   from jax.experimental.mosaic.gpu import utils
   from jaxlib.mlir import ir
@@ -133,11 +131,17 @@ def _write(ctx, code, weight, have, target, ties, num_ref, index_ref) -> None:
   below = asm("mov.u32 $0, %lanemask_lt;", "=r")
   # What was written before by other lanes comes before what follows.
   utils.warp_barrier()
+  ties, length = number(0), number(0)
   steps = [x.registers.reshape(-1) for x in (code, weight, have, target)]
   (word,) = ir.VectorType(steps[0][0].type).shape
-
-  def settle_ties(codes, weights, haves, targets, ties):
-    """What of a step is kept, and how many ties are before the next one."""
+  for step, registers in enumerate(zip(*steps, strict=True)):
+    codes, weights, haves, targets = (
+      [
+        vector.extract(x, dynamic_position=[], static_position=[i])
+        for i in range(word)
+      ]
+      for x in registers
+    )
     equal = [has(x, EQUAL) for x in codes]
     ranks, more = among([ballot(x) for x in equal], equal)
     kept = []
@@ -146,44 +150,19 @@ def _write(ctx, code, weight, have, target, ties, num_ref, index_ref) -> None:
       lacks = arith.cmpf(
         arith.CmpFPredicate.OLT, arith.addf(haves[i], part), targets[i]
       )
-      kept.append(arith.andi(equal[i], lacks))
-    return kept, arith.addi(ties, more)
-
-  def walk(with_ties):
-    ties, length = number(0), number(0)
-    for step, registers in enumerate(zip(*steps, strict=True)):
-      codes, *others = (
-        [
-          vector.extract(x, dynamic_position=[], static_position=[i])
-          for i in range(word)
-        ]
-        for x in registers
+      found = arith.ori(arith.andi(equal[i], lacks), has(codes[i], SURE))
+      kept.append(arith.andi(found, has(codes[i], LISTED)))
+    ties = arith.addi(ties, more)
+    places, more = among([ballot(x) for x in kept], kept)
+    for i, (keep, place) in enumerate(zip(kept, places, strict=True)):
+      column = arith.addi(
+        arith.muli(lane, number(word)), number(step * 32 * word + i)
       )
-      kept = [has(x, SURE) for x in codes]
-      if with_ties:
-        some, ties = settle_ties(codes, *others, ties)
-        kept = [arith.ori(x, y) for x, y in zip(kept, some, strict=True)]
-      kept = [
-        arith.andi(x, has(y, LISTED)) for x, y in zip(kept, codes, strict=True)
-      ]
-      places, more = among([ballot(x) for x in kept], kept)
-      for i, (keep, place) in enumerate(zip(kept, places, strict=True)):
-        column = arith.addi(
-          arith.muli(lane, number(word)), number(step * 32 * word + i)
+      with utils.when(keep):
+        memref.store(
+          column, index_ref, [at(row), at(arith.addi(length, place))]
         )
-        with utils.when(keep):
-          memref.store(
-            column, index_ref, [at(row), at(arith.addi(length, place))]
-          )
-      length = arith.addi(length, more)
-    first = arith.cmpi(arith.CmpIPredicate.eq, lane, number(0))
-    with utils.when(first):
-      memref.store(length, num_ref, [at(row)])
-
-  # The same for all lanes of a warp.
-  ties = ties.registers.reshape(-1)[0]
-  ties = vector.extract(ties, dynamic_position=[], static_position=[0])
-  for with_ties, compare in ((True, "OGT"), (False, "OLE")):
-    compare = getattr(arith.CmpFPredicate, compare)
-    with utils.when(arith.cmpf(compare, ties, utils.c(1.0, f32))):
-      walk(with_ties)
+    length = arith.addi(length, more)
+  first = arith.cmpi(arith.CmpIPredicate.eq, lane, number(0))
+  with utils.when(first):
+    memref.store(length, num_ref, [at(row)])
