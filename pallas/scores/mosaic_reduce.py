@@ -1,10 +1,9 @@
 """Reduced logits for sm_90 in Pallas Mosaic GPU.
 
-Four warpgroups own 64 queries each, of heads that read the same keys, take turns
-at the tensor cores, and share the tiles of keys that a fifth brings in. Of a
-tile each query leaves a number for every group of its keys; of all tiles of a
-walk, the logarithm of a sum, which are put together afterwards. So a long walk
-can be cut anywhere.
+Four warpgroups own 64 queries each, of heads that read the same keys, and a
+fifth brings in tiles of these. Of a tile each query leaves a number for every
+group of its keys; of all tiles of a walk, the logarithm of a sum, which are put
+together afterwards. So a long walk can be cut anywhere.
 """
 
 import functools
@@ -72,7 +71,7 @@ def reduce_tiles(q, k, *, lengths, options):
   parts, registers = -(-units // workers), _registers(workers)
 
   def body(q_ref, k_ref, o_ref, lse_ref, q_smem2, k_smem, o_smem3, *rest):
-    lse_smem2, q_full, k_full, k_free, turn = rest
+    lse_smem2, q_full, k_full, k_free = rest
     wg, item = lax.axis_index("wg"), lax.axis_index("item")
     kv_head, item = rem(item, heads), div(item, heads)
     walk, item = rem(item, walks), div(item, walks)
@@ -100,21 +99,11 @@ def reduce_tiles(q, k, *, lengths, options):
       )
       plgpu.barrier_wait(q_full.at[wg])
 
-      def pass_turn():
-        plgpu.barrier_arrive(turn.at[rem(wg + 1, workers)])
-
       def meet(step, carry):
         slot = rem(step, stages)
-        keys = k_smem.at[slot].transpose((1, 0))
         plgpu.barrier_wait(k_full.at[slot])
-        # Else all would multiply at once, and then all exponentiate.
-        plgpu.barrier_wait(turn.at[wg])
-
-        def multiply(acc):
-          wgmma(acc, q_smem, keys)
-          pass_turn()
-
-        x = product(tile, multiply)
+        keys = k_smem.at[slot].transpose((1, 0))
+        x = product(tile, lambda acc: wgmma(acc, q_smem, keys))
         plgpu.barrier_arrive(k_free.at[slot])
         start = base, (begin + step) * TILE
         x = _visible(x * factor, start, lengths, options)
@@ -129,10 +118,8 @@ def reduce_tiles(q, k, *, lengths, options):
         plgpu.copy_smem_to_gmem(o_smem, o_ref.at[batch, head, groups, rows])
         return carry
 
-      pl.when(wg == workers - 1)(pass_turn)
       start = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
       top, denominator = lax.fori_loop(0, total, meet, start)
-      pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
       safe = jnp.where(top == -jnp.inf, 0.0, top)
       lse_smem2.at[wg][...] = safe * (1 / LOG2E) + jnp.log(denominator)
       plgpu.commit_smem()
@@ -169,7 +156,6 @@ def reduce_tiles(q, k, *, lengths, options):
       plgpu.Barrier(num_barriers=workers),
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
-      plgpu.Barrier(num_barriers=workers),
     ),
     items=b * heads * parts * walks,
     threads=workers + 1,
