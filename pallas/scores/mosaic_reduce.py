@@ -31,7 +31,7 @@ from isthmus.pallas.scores.api import Options as Options
 
 LOG2E = math.log2(math.e)
 #: Keys of a tile and of a walk.
-TILE, REACH = 128, 8192
+TILE, REACH = 128, 16384
 #: Registers of a thread that only loads, and of all threads of a CTA.
 FEW, ALL = 24, 65536
 
