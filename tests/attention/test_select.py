@@ -14,6 +14,7 @@ from isthmus.attention.proxy import proxy_attention
 from isthmus.attention.select import select_attention
 from isthmus.pallas.compat import has_mosaic, interpreted
 from isthmus.pallas.dispatch import prefer
+from isthmus.pallas.importance import ref as importance_ref
 from isthmus.pallas.keep import ref as keep_ref
 from isthmus.pallas.scores import ref as scores_ref
 from tests.attention.oracle import inputs
@@ -195,7 +196,8 @@ def test_gradients_pass_kernels_that_choose(attend, dtype, monkeypatch):
   # A kernel that is differentiated refuses, and plain XLA takes its place.
   monkeypatch.setattr(keep_ref, "keep", None)
   if dtype == jnp.bfloat16:
-    monkeypatch.setattr(scores_ref, "reduce_scores", None)
+    monkeypatch.setattr(scores_ref, "reduce_logits", None)
+    monkeypatch.setattr(importance_ref, "importance", None)
   with interpreted(), prefer("mosaic", "xla"):
     found = gradients()
   for x, y in zip(found, want, strict=True):

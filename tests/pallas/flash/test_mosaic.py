@@ -224,6 +224,33 @@ def test_nan_in_empty_slots_does_not_leak():
   check_padding()
 
 
+def check_unlisted():
+  """NaN in a block of keys that no list has."""
+  full = np.zeros((1, 1, 2, 3), bool)
+  full[0, 0, :, 0] = full[0, 0, 1, 2] = True
+  lists = listed(jnp.asarray(full), block=BLOCK)
+  call = Call((256, 384), (1, 1), extras=Extras(lists=lists))
+  (q, k, v), *_ = call.arrays()
+  hole = (jnp.arange(384) // 128 == 1)[None, :, None, None]
+  k, v = jnp.where(hole, jnp.nan, k), jnp.where(hole, jnp.nan, v)
+  equals_oracle(call, call.vjp((q, k, v)))
+
+
+@needs_mosaic
+def test_nan_in_blocks_that_no_list_has_does_not_leak():
+  check_unlisted()
+
+
+def test_keys_are_copied_only_where_the_predicate_hides_some():
+  """Lists alone hide nothing that is read."""
+  x, lists = jnp.zeros((1, 256, 1, 64)), overflowing().extras.lists
+  for band, kept in ((Band(None, 0, 0), True), (Band(50, 0, 192), False)):
+    k, v = mosaic._clean_keys(
+      Options(predicate=band), x, x, x, Extras(lists=lists)
+    )
+    assert (k is x) == (v is x) == kept
+
+
 @needs_mosaic
 def test_nan_outside_of_every_window_does_not_leak():
   check_window()
@@ -434,6 +461,7 @@ def test_equals_oracle_on_gpu(name):
 @pytest.mark.gpu
 def test_padding_and_overflow_on_gpu():
   check_padding((1000, 1500), (4, 2))
+  check_unlisted()
   check_overflow((1024, 1024), (4, 2))
 
 
