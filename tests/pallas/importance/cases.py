@@ -38,3 +38,15 @@ def check(importance, name, dtype):
   assert found.shape == want.shape and found.dtype == jnp.float32
   np.testing.assert_allclose(found, want, atol=5e-6, rtol=3e-5)
   return True
+
+
+def check_blind(importance, dtype):
+  """True: a query that is said to see nothing gives nothing."""
+  q, k, *_ = inputs(1, 3, 40, 1, 1, 8, dtype=dtype)
+  lse = jnp.array([[[2.0, -jnp.inf, 3.0]]])
+  run = jax.jit(lambda *x: importance(*x, options=Options(causal=False)))
+  rest = jnp.array([0, 2])
+  np.testing.assert_allclose(
+    run(q, k, lse), run(q[:, rest], k, lse[..., rest]), rtol=1e-5
+  )
+  return True

@@ -9,7 +9,7 @@ from isthmus.pallas.compat import has_mosaic, interpreted
 from isthmus.pallas.importance import mosaic, ref
 from isthmus.pallas.importance.api import Options
 from tests.attention.oracle import inputs
-from tests.pallas.importance.cases import CASES, check
+from tests.pallas.importance.cases import CASES, check, check_blind
 
 pytestmark = pytest.mark.once
 
@@ -90,3 +90,9 @@ def test_empty_arrays_are_refused():
   with interpreted():
     said = mosaic.refuse(x, x, None, options=Options())
   assert said == "it takes no empty arrays: (1, 0, 2, 64), (1, 0, 2, 64)"
+
+
+@needs_mosaic
+def test_a_query_that_sees_nothing_gives_nothing():
+  with interpreted():
+    assert check_blind(mosaic.importance, jnp.bfloat16)
