@@ -1,9 +1,16 @@
-"""Whether a machine runs the Mosaic GPU kernels, which are all for Hopper."""
+"""What the Mosaic GPU kernels take: a Hopper GPU, and arrays of some kinds."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from isthmus.pallas.compat import has_mosaic, interpreting
 from isthmus.pallas.dispatch import platform
+
+#: The head widths that kernels are compiled for; others are padded with zeros.
+WIDTHS = (64, 128, 192, 256)
 
 
 def refuse_machine() -> str | None:
@@ -29,3 +36,38 @@ def refuse_machine() -> str | None:
       f"{device} of {capability or 'none'}"
     )
   return None
+
+
+def refuse_arrays(q: Any, k: Any) -> str | None:
+  """Why kernels of queries and keys can't take these, on any machine, or None.
+
+  Args:
+    q, k: arrays, or their shapes and dtypes: [b t n d], [b s k d].
+
+  Example:
+    >>> refuse_arrays(*[jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.float32)] * 2)
+    'it takes bfloat16 and float16, not float32'
+  """
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it takes bfloat16 and float16, not {q.dtype}"
+  if q.shape[3] > WIDTHS[-1]:
+    return f"it takes widths up to {WIDTHS[-1]}, not {q.shape[3]}"
+  if min(q.size, k.size) == 0:
+    return f"it takes no empty arrays: {q.shape}, {k.shape}"
+  return None
+
+
+def padded(x: Shaped[Array, "b t n d"], tile: int) -> Shaped[Array, "b T n D"]:
+  """Zeros added, up to whole tiles of tokens and one of `WIDTHS`.
+
+  Args:
+    x: queries or keys.
+    tile: tokens of a tile.
+
+  Example:
+    >>> padded(jnp.ones((1, 100, 2, 40)), 128).shape
+    (1, 128, 2, 64)
+  """
+  width = next(size for size in WIDTHS if size >= x.shape[3])
+  ends = ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, width - x.shape[3]))
+  return jnp.pad(x, ends)

@@ -20,13 +20,11 @@ from isthmus.pallas.flash import plan as planning
 from isthmus.pallas.flash.api import Extras, Options
 from isthmus.pallas.flash.predicate import Band
 from isthmus.pallas.flash.ref import LSE, OUT, may_miss
-from isthmus.pallas.hopper import refuse_machine
+from isthmus.pallas.hopper import WIDTHS, refuse_machine
 
 #: Tokens of a tile, of queries and of keys; `tile.BLOCK`, which can't be
 #: imported where jax has no Mosaic GPU.
 BLOCK = 128
-#: The widths that kernels are compiled for; others are padded with zeros.
-WIDTHS = (64, 128, 192, 256)
 
 
 def attend(

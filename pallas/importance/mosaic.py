@@ -3,11 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.pallas.hopper import refuse_machine
+from isthmus.pallas.hopper import padded, refuse_arrays, refuse_machine
 from isthmus.pallas.importance.api import Options
 
-#: The widths that the kernel is compiled for; others are padded with zeros.
-WIDTHS = (64, 128, 192, 256)
 _LOG2E = 1.4426950408889634
 
 
@@ -33,12 +31,6 @@ def importance(
   t, s = q.shape[1], k.shape[1]
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse.astype(jnp.float32) * _LOG2E)
   ends = ((0, 0), (0, 0), (0, -t % TILE))
-  width = next(x for x in WIDTHS if x >= q.shape[3])
-
-  def padded(z, size):
-    ends = ((0, 0), (0, -z.shape[1] % size), (0, 0), (0, width - z.shape[3]))
-    return jnp.pad(z, ends)
-
   found = sum_tiles(
     padded(q, TILE),
     padded(k, ROWS),
@@ -58,13 +50,4 @@ def refuse(q, k, lse, *, options: Options) -> str | None:
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
   del lse, options
-  reason = refuse_machine()
-  if reason is not None:
-    return reason
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it takes bfloat16 and float16, not {q.dtype}"
-  if q.shape[3] > WIDTHS[-1]:
-    return f"it takes widths up to {WIDTHS[-1]}, not {q.shape[3]}"
-  if min(q.size, k.size) == 0:
-    return f"it takes no empty arrays: {q.shape}, {k.shape}"
-  return None
+  return refuse_machine() or refuse_arrays(q, k)

@@ -4,11 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from isthmus.pallas.hopper import refuse_machine
+from isthmus.pallas.hopper import padded, refuse_arrays, refuse_machine
 from isthmus.pallas.scores.api import Options
-
-#: The widths that the kernel is compiled for; others are padded with zeros.
-WIDTHS = (64, 128, 192, 256)
 
 
 def reduce_logits(
@@ -29,12 +26,6 @@ def reduce_logits(
   from isthmus.pallas.scores.mosaic_reduce import REACH, TILE, reduce_tiles
 
   t, s, side = q.shape[1], k.shape[1], options.side
-  width = next(x for x in WIDTHS if x >= q.shape[3])
-
-  def padded(z, size):
-    ends = ((0, 0), (0, -z.shape[1] % size), (0, 0), (0, width - z.shape[3]))
-    return jnp.pad(z, ends)
-
   reduced, walks = reduce_tiles(
     padded(q, ROWS), padded(k, TILE), lengths=(t, s), options=options
   )
@@ -59,15 +50,6 @@ def refuse(q, k, *, options: Options) -> str | None:
     >>> refuse(x, x, options=Options(32))  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
-  reason = refuse_machine()
-  if reason is not None:
-    return reason
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it takes bfloat16 and float16, not {q.dtype}"
   if options.side % 8:
     return f"it takes sides of multiples of 8, not {options.side}"
-  if q.shape[3] > WIDTHS[-1]:
-    return f"it takes widths up to {WIDTHS[-1]}, not {q.shape[3]}"
-  if min(q.size, k.size) == 0:
-    return f"it takes no empty arrays: {q.shape}, {k.shape}"
-  return None
+  return refuse_machine() or refuse_arrays(q, k)

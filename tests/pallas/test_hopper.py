@@ -1,11 +1,13 @@
 """Which machines run the kernels for Hopper."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from isthmus.pallas import hopper
 from isthmus.pallas.compat import has_mosaic, interpreted
-from isthmus.pallas.hopper import refuse_machine
+from isthmus.pallas.hopper import padded, refuse_arrays, refuse_machine
 
 needs_mosaic = pytest.mark.skipif(not has_mosaic(), reason="jax before 0.11")
 
@@ -36,3 +38,32 @@ def test_a_machine_without_hopper_is_refused(monkeypatch):
   )
   monkeypatch.setattr(Device, "compute_capability", "9.0")
   assert refuse_machine() is None
+
+
+@pytest.mark.parametrize(
+  "dtype, d, said",
+  [
+    (jnp.float32, 64, "it takes bfloat16 and float16, not float32"),
+    (jnp.bfloat16, 300, "it takes widths up to 256, not 300"),
+    (jnp.bfloat16, 256, None),
+    (jnp.float16, 64, None),
+  ],
+)
+def test_arrays_that_are_refused(dtype, d, said):
+  x = jax.ShapeDtypeStruct((1, 128, 2, d), dtype)
+  assert refuse_arrays(x, x) == said
+
+
+def test_empty_arrays_are_refused():
+  x = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
+  none = jax.ShapeDtypeStruct((1, 0, 2, 64), jnp.bfloat16)
+  said = "it takes no empty arrays: (1, 8, 2, 64), (1, 0, 2, 64)"
+  assert refuse_arrays(x, none) == said
+
+
+def test_what_is_added_is_zero():
+  x = jnp.ones((2, 100, 1, 100))
+  found = padded(x, 64)
+  assert found.shape == (2, 128, 1, 128) and found.sum() == x.size
+  np.testing.assert_array_equal(found[:, :100, :, :100], x)
+  assert padded(found, 64).shape == found.shape

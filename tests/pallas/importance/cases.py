@@ -6,6 +6,7 @@ import numpy as np
 
 from isthmus.pallas.importance.api import Options
 from tests.attention.oracle import inputs
+from tests.pallas.scores.cases import logits
 
 # (queries, keys, heads of queries and of keys, width), settings.
 CASES = {
@@ -22,12 +23,7 @@ def check(importance, name, dtype):
   (t, s, n, heads, d), options = CASES[name]
   q, *_ = inputs(2, t, 1, n, n, d, dtype=dtype)
   k, *_ = inputs(2, s, 1, heads, heads, d, dtype=dtype, seed=1)
-  wide = np.repeat(np.asarray(k, np.float64), n // heads, axis=2)
-  x = np.einsum("btnd,bsnd->bnts", np.asarray(q, np.float64), wide)
-  x = x * options.scale
-  if options.causal:
-    seen = np.arange(s) <= np.arange(t)[:, None] + s - t
-    x = np.where(seen, x, -np.inf)
+  x = logits(q, k, options)
   with np.errstate(divide="ignore"):
     lse = np.log(np.exp(x).sum(axis=3))
   safe = np.where(np.isneginf(lse), 0, lse)

@@ -70,26 +70,11 @@ def test_layers_alike_are_lowered_once():
 
 
 @needs_mosaic
-@pytest.mark.parametrize(
-  "dtype, d, said",
-  [
-    (jnp.float32, 64, "it takes bfloat16 and float16, not float32"),
-    (jnp.bfloat16, 300, "it takes widths up to 256, not 300"),
-    (jnp.float16, 64, None),
-  ],
-)
-def test_what_is_refused(dtype, d, said):
-  x = jax.ShapeDtypeStruct((1, 128, 2, d), dtype)
-  with interpreted():
-    assert mosaic.refuse(x, x, None, options=Options()) == said
-
-
-@needs_mosaic
-def test_empty_arrays_are_refused():
-  x = jax.ShapeDtypeStruct((1, 0, 2, 64), jnp.bfloat16)
+def test_what_is_refused():
+  x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.float32)
   with interpreted():
     said = mosaic.refuse(x, x, None, options=Options())
-  assert said == "it takes no empty arrays: (1, 0, 2, 64), (1, 0, 2, 64)"
+  assert said == "it takes bfloat16 and float16, not float32"
 
 
 @needs_mosaic

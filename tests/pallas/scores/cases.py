@@ -24,17 +24,24 @@ CASES = {
 }
 
 
-def check(reduce_logits, name, dtype):
-  """True: it equals them."""
-  (t, s, n, heads, d), options = CASES[name]
-  q, *_ = inputs(2, t, 1, n, n, d, dtype=dtype)
-  k, *_ = inputs(2, s, 1, heads, heads, d, dtype=dtype, seed=1)
-  wide = np.repeat(np.asarray(k, np.float64), n // heads, axis=2)
+def logits(q, k, options):
+  """All of them in float64, -inf where a key is not seen."""
+  t, s, wide = q.shape[1], k.shape[1], np.asarray(k, np.float64)
+  wide = np.repeat(wide, q.shape[2] // k.shape[2], axis=2)
   x = np.einsum("btnd,bsnd->bnts", np.asarray(q, np.float64), wide)
   x = x * options.scale
   if options.causal:
     seen = np.arange(s) <= np.arange(t)[:, None] + s - t
     x = np.where(seen, x, -np.inf)
+  return x
+
+
+def check(reduce_logits, name, dtype):
+  """True: it equals them."""
+  (t, s, n, heads, d), options = CASES[name]
+  q, *_ = inputs(2, t, 1, n, n, d, dtype=dtype)
+  k, *_ = inputs(2, s, 1, heads, heads, d, dtype=dtype, seed=1)
+  x = logits(q, k, options)
   ends = ((0, 0), (0, 0), (0, 0), (0, -s % options.side))
   x = np.pad(x, ends, constant_values=-np.inf)
   groups = x.reshape(2, n, t, -1, options.side)
