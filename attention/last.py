@@ -41,7 +41,7 @@ def last_importance(
     [[[0.25, 0.25, 0.25, 0.25]]]
   """
   q, scale = _last(q, rows, scale)
-  # Of 128 keys each the sums are least, and all that is wanted is theirs.
+  # Only the lse is wanted; groups of 128 keys leave the fewest numbers.
   options = Options(128, "sum", causal, scale)
   _, lse = LOGITS(q, k, options=options, impl=impl)
   options = ImportanceOptions(causal, scale)

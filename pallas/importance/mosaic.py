@@ -6,8 +6,6 @@ from jaxtyping import Array, Float
 from isthmus.pallas.hopper import padded, refuse_arrays, refuse_machine
 from isthmus.pallas.importance.api import Options
 
-_LOG2E = 1.4426950408889634
-
 
 def importance(
   q: Float[Array, "b t n d"],
@@ -26,10 +24,10 @@ def importance(
     (1, 2, 100)
   """
   from isthmus.pallas.flash.tile import ROWS
-  from isthmus.pallas.importance.mosaic_sum import TILE, sum_tiles
+  from isthmus.pallas.importance.mosaic_sum import LOG2E, TILE, sum_tiles
 
   t, s = q.shape[1], k.shape[1]
-  lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse.astype(jnp.float32) * _LOG2E)
+  lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse.astype(jnp.float32) * LOG2E)
   ends = ((0, 0), (0, 0), (0, -t % TILE))
   found = sum_tiles(
     padded(q, TILE),

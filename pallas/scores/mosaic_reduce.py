@@ -120,8 +120,7 @@ def reduce_tiles(q, k, *, lengths, options):
 
       start = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
       top, denominator = lax.fori_loop(0, total, meet, start)
-      safe = jnp.where(top == -jnp.inf, 0.0, top)
-      lse_smem2.at[wg][...] = safe * (1 / LOG2E) + jnp.log(denominator)
+      lse_smem2.at[wg][...] = _finite(top) * (1 / LOG2E) + jnp.log(denominator)
       plgpu.commit_smem()
       target = lse_ref.at[batch, head, walk, rows]
       plgpu.copy_smem_to_gmem(lse_smem2.at[wg], target)
@@ -197,8 +196,7 @@ def _reduced(x, top, denominator, options):
   if options.reduce == "sum":
     numbers = [_lse(*each) for each in zip(parts, numbers, strict=True)]
   new = functools.reduce(jnp.maximum, numbers, top)
-  # A row that has seen no key yet stays at -inf.
-  safe = jnp.where(new == -jnp.inf, 0.0, new)
+  safe = _finite(new)
   denominator = denominator * jnp.exp2(top - safe)
   if options.reduce == "sum":
     for number in numbers:
@@ -209,6 +207,11 @@ def _reduced(x, top, denominator, options):
 
 
 def _lse(x, top):
-  safe = jnp.where(top == -jnp.inf, 0.0, top)
+  safe = _finite(top)
   total = jnp.exp2(x - spread(safe, x.shape, 0)).sum(axis=1)
   return safe + jnp.log(total) * LOG2E
+
+
+def _finite(top):
+  """0 for a row that has seen no key yet, whose sum then stays 0."""
+  return jnp.where(top == -jnp.inf, 0.0, top)

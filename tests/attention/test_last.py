@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from isthmus.attention.last import last_importance, last_mass
+from isthmus.pallas.scores.api import Options
 from tests.attention.oracle import inputs
+from tests.pallas.scores.cases import logits
 
 pytestmark = pytest.mark.once
 
@@ -15,14 +17,7 @@ CASES = [(4, 37), (50, 30), (20, 32)]
 
 def mean_softmax(q, k, rows, causal, scale):
   """Of the last rows, in float64."""
-  rows, keys = min(rows, q.shape[1]), k.shape[1]
-  wide = np.repeat(np.asarray(k, np.float64), q.shape[2] // k.shape[2], axis=2)
-  x = np.einsum("btnd,bsnd->bnts", np.asarray(q, np.float64), wide) * scale
-  x = x[:, :, q.shape[1] - rows :]
-  if causal:
-    at = np.arange(keys - rows, keys)[:, None]
-    x = np.where(np.arange(keys) <= at, x, -np.inf)
-  p = np.exp(x)
+  p = np.exp(logits(q[:, -rows:], k, Options(128, "sum", causal, scale)))
   return (p / np.maximum(p.sum(-1, keepdims=True), 1e-30)).mean(2)
 
 

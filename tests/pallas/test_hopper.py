@@ -1,4 +1,4 @@
-"""Which machines run the kernels for Hopper."""
+"""Which machines run the kernels for Hopper, on which arrays."""
 
 import jax
 import jax.numpy as jnp

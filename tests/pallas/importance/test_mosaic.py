@@ -81,3 +81,10 @@ def test_what_is_refused():
 def test_a_query_that_sees_nothing_gives_nothing():
   with interpreted():
     assert check_blind(mosaic.importance, jnp.bfloat16)
+
+
+def test_a_machine_without_hopper_is_refused(monkeypatch):
+  x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+  assert "it needs" in mosaic.refuse(x, x, None, options=Options())
+  monkeypatch.setattr(mosaic, "refuse_machine", lambda: None)
+  assert mosaic.refuse(x, x, None, options=Options()) is None

@@ -35,7 +35,7 @@ def test_equals_all_logits_on_gpu(name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("d", [64, 128, 192, 256])
 def test_long_rows_on_gpu(d, dtype):
-  """Several walks of many tiles, and the same bits each time."""
+  """Walks of many tiles, and the same bits each time."""
   q, k, *_ = inputs(1, 700, 9000, 4, 2, d, dtype=dtype)
   for options in (Options(32, scale=d**-0.5), Options(128, "sum")):
     f = jax.jit(lambda q, k, o=options: mosaic.reduce_logits(q, k, options=o))
@@ -83,3 +83,10 @@ def test_what_is_refused(dtype, side, said):
   x = jax.ShapeDtypeStruct((1, 128, 2, 64), dtype)
   with interpreted():
     assert mosaic.refuse(x, x, options=Options(side)) == said
+
+
+def test_a_machine_without_hopper_is_refused(monkeypatch):
+  x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+  assert "it needs" in mosaic.refuse(x, x, options=Options(32))
+  monkeypatch.setattr(mosaic, "refuse_machine", lambda: None)
+  assert mosaic.refuse(x, x, options=Options(32)) is None
