@@ -23,23 +23,19 @@ def reduce_logits(
     [(1, 2, 4, 100), (1, 2, 100)]
   """
   from isthmus.pallas.flash.tile import ROWS
-  from isthmus.pallas.scores.mosaic_reduce import REACH, TILE, reduce_tiles
+  from isthmus.pallas.scores.mosaic_reduce import TILE, reduce_tiles
 
   t, s, side = q.shape[1], k.shape[1], options.side
   reduced, walks = reduce_tiles(
     padded(q, ROWS), padded(k, TILE), lengths=(t, s), options=options
   )
-
-  def seen(x, size):
-    """Without what no query of a tile sees, which was not written."""
-    if not options.causal:
-      return x
-    first = jnp.arange(x.shape[2], dtype=jnp.int32)[:, None] * size
+  reduced = reduced[:, :, : -(-s // side), :t]
+  if options.causal:
+    # What no query of a tile sees was not written.
+    first = jnp.arange(reduced.shape[2], dtype=jnp.int32)[:, None] * side
     row = jnp.arange(t, dtype=jnp.int32) + (s - t)
-    return jnp.where(first <= row, x, -jnp.inf)
-
-  reduced = seen(reduced[:, :, : -(-s // side), :t], side)
-  return reduced, jax.nn.logsumexp(seen(walks[..., :t], REACH), axis=2)
+    reduced = jnp.where(first <= row, reduced, -jnp.inf)
+  return reduced, jax.nn.logsumexp(walks[..., :t], axis=2)
 
 
 def refuse(q, k, *, options: Options) -> str | None:
@@ -50,6 +46,8 @@ def refuse(q, k, *, options: Options) -> str | None:
     >>> refuse(x, x, options=Options(32))  # on a CPU
     'it needs an NVIDIA Hopper GPU, and the platform is cpu'
   """
+  if not options.scale > 0:
+    return f"it takes scales above 0, not {options.scale}"
   if options.side % 8:
     return f"it takes sides of multiples of 8, not {options.side}"
   return refuse_machine() or refuse_arrays(q, k)

@@ -30,8 +30,8 @@ from isthmus.pallas.flash.tile import (
 from isthmus.pallas.scores.api import Options as Options
 
 LOG2E = math.log2(math.e)
-#: Keys of a tile and of a walk.
-TILE, REACH = 128, 16384
+#: Keys of a tile, and the processors that walks are to keep busy.
+TILE, PROCESSORS = 128, 132
 #: Registers of a thread that only loads, and of all threads of a CTA.
 FEW, ALL = 24, 65536
 
@@ -40,8 +40,8 @@ FEW, ALL = 24, 65536
 def reduce_tiles(q, k, *, lengths, options):
   """What `ref.reduce_logits` reduces, of padded arrays.
 
-  Tiles of keys that a causal mask hides from all queries that are side by side
-  are left as they were.
+  Groups of tiles that a causal mask hides from all queries that are side by
+  side are left as they were.
 
   Args:
     q: [b t n d]; t is a multiple of ROWS, d of 64.
@@ -61,14 +61,17 @@ def reduce_tiles(q, k, *, lengths, options):
     [(1, 2, 4, 128), (1, 2, 1, 128)]
   """
   (b, t, n, d), (s, heads) = q.shape, k.shape[1:3]
-  side, factor, group = options.side, options.scale * LOG2E, n // heads
-  steps, reach, per = s // TILE, REACH // TILE, TILE // side
-  walks, shift, tile = -(-steps // reach), lengths[1] - lengths[0], (ROWS, TILE)
+  group, steps, per = n // heads, s // TILE, TILE // options.side
+  shift, tile = lengths[1] - lengths[0], (ROWS, TILE)
   # Of 64 queries of a head each; heads that read the same keys are neighbours.
   units = t // ROWS * group
   workers = 4 if units > 2 and d <= 128 else 2
   stages = 3 if d <= 128 else 2
   parts, registers = -(-units // workers), _registers(workers)
+  rows = b * heads * parts
+  share = _seen(*lengths) if options.causal else 1
+  walks = _walks(rows * steps * share, steps)
+  reach = -(-steps // walks)
 
   def body(q_ref, k_ref, o_ref, lse_ref, q_smem2, k_smem, o_smem3, *rest):
     lse_smem2, q_full, k_full, k_free = rest
@@ -89,7 +92,7 @@ def reduce_tiles(q, k, *, lengths, options):
       end = jnp.clip(div(jnp.maximum(last, -1) + TILE, TILE), 0, steps)
     total = jnp.clip(end - begin, 0, reach)
 
-    @pl.when((wg < workers) & (total > 0))
+    @pl.when(wg < workers)
     def _compute():
       plgpu.set_max_registers(registers, action="increase")
       (head, base), q_smem = unit(wg), q_smem2.at[wg]
@@ -99,14 +102,14 @@ def reduce_tiles(q, k, *, lengths, options):
       )
       plgpu.barrier_wait(q_full.at[wg])
 
-      def meet(step, carry):
+      def meet(step, carry, masked):
         slot = rem(step, stages)
         plgpu.barrier_wait(k_full.at[slot])
         keys = k_smem.at[slot].transpose((1, 0))
         x = product(tile, lambda acc: wgmma(acc, q_smem, keys))
         plgpu.barrier_arrive(k_free.at[slot])
-        start = base, (begin + step) * TILE
-        x = _visible(x * factor, start, lengths, options)
+        if masked:
+          x = _visible(x, (base, (begin + step) * TILE), lengths, options)
         numbers, carry = _reduced(x, *carry, options)
         o_smem = o_smem3.at[wg, rem(step, 2)]
         # The numbers of two tiles before have been read.
@@ -118,8 +121,17 @@ def reduce_tiles(q, k, *, lengths, options):
         plgpu.copy_smem_to_gmem(o_smem, o_ref.at[batch, head, groups, rows])
         return carry
 
-      start = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
-      top, denominator = lax.fori_loop(0, total, meet, start)
+      carry = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
+      # Tiles that are seen whole come first, and need no mask.
+      whole = lengths[1] // TILE
+      if options.causal:
+        whole = jnp.minimum(div(jnp.maximum(base + shift + 1, 0), TILE), whole)
+      whole = jnp.clip(whole - begin, 0, total)
+      for masked, ends in ((False, (0, whole)), (True, (whole, total))):
+        carry = lax.fori_loop(
+          *ends, functools.partial(meet, masked=masked), carry
+        )
+      top, denominator = carry
       lse_smem2.at[wg][...] = _finite(top) * (1 / LOG2E) + jnp.log(denominator)
       plgpu.commit_smem()
       target = lse_ref.at[batch, head, walk, rows]
@@ -162,6 +174,22 @@ def reduce_tiles(q, k, *, lengths, options):
   )
 
 
+def _seen(queries, keys):
+  """What part of all pairs a causal mask shows."""
+  if queries > keys:
+    return keys / (2 * queries)
+  return 1 - queries / (2 * keys)
+
+
+def _walks(work, steps):
+  """Into how many a row of tiles is cut.
+
+  As few as leave none that takes longer than all would if they were shared
+  out evenly; whole numbers of them, or some would start last of all.
+  """
+  return max(int(steps // max(work / PROCESSORS, 1)), 1)
+
+
 def _registers(workers):
   """Of a worker's threads, one warpgroup needing few."""
   equal = ALL // (128 * (workers + 1)) // 8 * 8
@@ -170,31 +198,34 @@ def _registers(workers):
 
 def _visible(x, start, lengths, options):
   """A tile that starts at (query, key), -inf where no key is seen."""
-  row, column = start
-
-  def mask(x):
-    iota = functools.partial(
-      plgpu.broadcasted_iota, jnp.int32, x.shape, layout=plgpu.Layout.WGMMA
-    )
-    i, j = iota(0) + row, iota(1) + column
-    seen = j < lengths[1]
-    if options.causal:
-      seen = seen & (j <= i + (lengths[1] - lengths[0]))
-    return jnp.where(seen, x, -jnp.inf)
-
-  edge = column + TILE > lengths[1]
+  iota = functools.partial(
+    plgpu.broadcasted_iota, jnp.int32, x.shape, layout=plgpu.Layout.WGMMA
+  )
+  i, j = iota(0) + start[0], iota(1) + start[1]
+  seen = j < lengths[1]
   if options.causal:
-    edge = edge | (column + TILE - 1 > row + (lengths[1] - lengths[0]))
-  return lax.cond(edge, mask, lambda x: x, x)
+    seen = seen & (j <= i + (lengths[1] - lengths[0]))
+  return jnp.where(seen, x, -jnp.inf)
 
 
 def _reduced(x, top, denominator, options):
-  """A tile's numbers, and what is carried, with it; to base 2."""
-  side = options.side
+  """A tile's numbers, and what is carried, with it; to base 2.
+
+  Products are scaled where they are subtracted from, in one instruction.
+  """
+  side, factor = options.side, options.scale * LOG2E
+
+  def sums(x, top):
+    return jnp.exp2(x * factor - spread(top, x.shape, 0)).sum(axis=1)
+
   parts = [x[:, i : i + side] for i in range(0, TILE, side)]
-  numbers = [part.max(axis=1) for part in parts]
+  numbers = [part.max(axis=1) * factor for part in parts]
   if options.reduce == "sum":
-    numbers = [_lse(*each) for each in zip(parts, numbers, strict=True)]
+    tops = [_finite(number) for number in numbers]
+    numbers = [
+      top + jnp.log(sums(*each)) * LOG2E
+      for top, *each in zip(tops, parts, tops, strict=True)
+    ]
   new = functools.reduce(jnp.maximum, numbers, top)
   safe = _finite(new)
   denominator = denominator * jnp.exp2(top - safe)
@@ -202,16 +233,10 @@ def _reduced(x, top, denominator, options):
     for number in numbers:
       denominator = denominator + jnp.exp2(number - safe)
   else:
-    denominator += jnp.exp2(x - spread(safe, x.shape, 0)).sum(axis=1)
+    denominator = denominator + sums(x, safe)
   return numbers, (new, denominator)
 
 
-def _lse(x, top):
-  safe = _finite(top)
-  total = jnp.exp2(x - spread(safe, x.shape, 0)).sum(axis=1)
-  return safe + jnp.log(total) * LOG2E
-
-
 def _finite(top):
-  """0 for a row that has seen no key yet, whose sum then stays 0."""
+  """Of a row that has seen no key yet, 0."""
   return jnp.where(top == -jnp.inf, 0.0, top)

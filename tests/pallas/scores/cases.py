@@ -19,7 +19,7 @@ CASES = {
   "not causal": ((130, 200, 3, 1, 16), Options(64, causal=False, scale=0.3)),
   "sums, not causal": (
     (70, 200, 2, 1, 40),
-    Options(64, "sum", causal=False, scale=-1.0),
+    Options(64, "sum", causal=False, scale=0.5),
   ),
 }
 

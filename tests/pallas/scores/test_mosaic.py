@@ -90,3 +90,11 @@ def test_a_machine_without_hopper_is_refused(monkeypatch):
   assert "it needs" in mosaic.refuse(x, x, options=Options(32))
   monkeypatch.setattr(mosaic, "refuse_machine", lambda: None)
   assert mosaic.refuse(x, x, options=Options(32)) is None
+
+
+@needs_mosaic
+def test_scales_that_turn_the_order_are_refused():
+  x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+  with interpreted():
+    said = mosaic.refuse(x, x, options=Options(8, scale=-0.5))
+  assert said == "it takes scales above 0, not -0.5"

@@ -34,7 +34,7 @@ def test_lengths_hide_what_is_padding():
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_walk_is_cut(reduce, causal, monkeypatch):
   """Into several, of which one is short, and one beyond what is seen."""
-  monkeypatch.setattr(mosaic_reduce, "REACH", 256)
+  monkeypatch.setattr(mosaic_reduce, "PROCESSORS", 2 if causal else 4)
   jax.clear_caches()
   q, k, *_ = inputs(1, 300, 300, 1, 1, 64, dtype=jnp.bfloat16)
   options = Options(64, reduce, causal)
@@ -44,3 +44,27 @@ def test_a_walk_is_cut(reduce, causal, monkeypatch):
   want = ref.reduce_logits(q, k, options=options)
   for x, y in zip(found, want, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "queries, keys, walks, steps",
+  [
+    (32768, 32768, 2, 256),  # a proxy's at 128K tokens
+    (65536, 65536, 1, 512),
+    (8192, 8192, 8, 64),
+  ],
+)
+def test_walks_are_as_even_as_all_of_them(queries, keys, walks, steps):
+  """Of one head, four warpgroups of 64 queries side by side."""
+  share = mosaic_reduce._seen(queries, keys)
+  work = queries / 256 * steps * share
+  found = mosaic_reduce._walks(work, steps)
+  assert found == walks
+  assert steps / found >= work / mosaic_reduce.PROCESSORS
+
+
+def test_few_queries_fill_the_processors_once():
+  """The last 128 of 32 heads on 8: 16 rows of tiles, whatever the length."""
+  for steps in (256, 512, 1024, 2048):
+    work = 16 * steps * mosaic_reduce._seen(128, 128 * steps)
+    assert mosaic_reduce._walks(work, steps) == 8
