@@ -31,7 +31,7 @@ class Row:
     way: what is kept for the backward pass.
     temp_bytes: planned temporaries; None if it wasn't compiled.
     device_bytes: the device's own peak, inputs and outputs included; None
-      where the backend doesn't tell, or an earlier row's was higher.
+      where the backend doesn't tell, or it was higher before.
     ms: milliseconds of a call; None if it didn't run.
     note: why a figure is missing.
 
@@ -95,24 +95,74 @@ def measure(
     >>> found.ms > 0, found.note
     (True, '')
   """
+  row, program = plan(row, function, shapes)
+  return (row, None) if program is None else run(row, program, arguments, clock)
+
+
+def plan(
+  row: Row, function: Callable[..., Any], shapes: tuple[Any, ...]
+) -> tuple[Row, Program | None]:
+  """The first half of `measure`: compiles, and runs nothing.
+
+  Raises:
+    JaxRuntimeError: whatever fails for another reason than memory.
+
+  Example:
+    >>> row = Row(stack="sum", depth=1, width=1, volume=(8,), way="plain")
+    >>> found, program = plan(row, jnp.sin, (jnp.ones(8),))
+    >>> found.temp_bytes, found.ms, program(jnp.zeros(8)).sum().item()
+    (0, None, 0.0)
+  """
   try:
     program = build(function, *shapes)
-    row = dataclasses.replace(row, temp_bytes=program.temp_bytes)
+  except _FAILURES as error:
+    return _full(row, error), None
+  return dataclasses.replace(row, temp_bytes=program.temp_bytes), program
+
+
+def run(
+  row: Row,
+  program: Program,
+  arguments: Callable[[], tuple[Any, ...]],
+  clock: Clock,
+) -> tuple[Row, Program | None]:
+  """The second half of `measure`.
+
+  Raises:
+    JaxRuntimeError: whatever fails for another reason than memory.
+
+  Example:
+    >>> row = Row(stack="sum", depth=1, width=1, volume=(8,), way="plain")
+    >>> row, program = plan(row, jnp.sin, (jnp.ones(8),))
+    >>> found, _ = run(row, program, lambda: (jnp.ones(8),),
+    ...                Clock(rounds=1, seconds=0.0))
+    >>> found.ms > 0
+    True
+  """
+  try:
     before = _peak()
     seconds = clock.seconds_of(program, [arguments()])
-  except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    text = str(error)
-    if isinstance(error, jax.errors.JaxRuntimeError) and not (
-      "RESOURCE_EXHAUSTED" in text or FULL in text.lower()
-    ):
-      raise
-    return dataclasses.replace(row, note=FULL), None
+  except _FAILURES as error:
+    return _full(row, error), None
   after = _peak()
   grown = after is not None and before is not None and after > before
   row = dataclasses.replace(
     row, ms=seconds * 1e3, device_bytes=after if grown else None
   )
   return row, program
+
+
+_FAILURES = (jax.errors.JaxRuntimeError, MemoryError)
+
+
+def _full(row: Row, error: Exception) -> Row:
+  """The row of what there is no room for; other errors are raised."""
+  text = str(error)
+  if isinstance(error, MemoryError) or (
+    "RESOURCE_EXHAUSTED" in text or FULL in text.lower()
+  ):
+    return dataclasses.replace(row, note=FULL)
+  raise error
 
 
 def _peak() -> int | None:

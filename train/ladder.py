@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
+import os
 import pathlib
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -39,7 +42,8 @@ class Problem(Protocol):
 class Ladder:
   """Measures memory and time of every problem's gradient in every way.
 
-  What there is no room or no time for has a row that says so.
+  Programs are compiled side by side, and nothing is compiled while one is
+  timed. What there is no room or no time for has a row that says so.
 
   Attributes:
     problems: the most wanted first.
@@ -50,10 +54,12 @@ class Ladder:
       another order.
     seconds: of each round, about.
     limit_s: seconds after which nothing more is begun.
+    together: problems whose programs are all compiled before the first of them
+      is timed: more keep more cores at work, fewer have rows sooner.
 
   Raises:
-    ValueError: nothing to measure, rounds or seconds that are none, a base
-      that is no way.
+    ValueError: nothing to measure, rounds, seconds or problems together that
+      are none, a base that is no way.
 
   Example:
     >>> class Sines:
@@ -78,6 +84,7 @@ class Ladder:
   rounds: int = 5
   seconds: float = 0.1
   limit_s: float = 420.0
+  together: int = 4
 
   def __post_init__(self):
     if not self.problems or not self.ways or self.rounds < 1:
@@ -90,6 +97,8 @@ class Ladder:
         f"seconds is {self.seconds}, limit_s {self.limit_s}: at least 0, and"
         " above 0"
       )
+    if self.together < 1:
+      raise ValueError(f"together is {self.together}; it is at least 1")
     for base in self.bases:
       if base not in self.ways:
         raise ValueError(
@@ -132,40 +141,73 @@ class Ladder:
 
   def _measure(self, rows, path, stop) -> None:
     """Fills rows; after each, what there is so far is written."""
-    clock = Clock(rounds=self.rounds, seconds=self.seconds)
-    count = len(self.problems) * len(self.ways)
     began = time.monotonic()
-    for problem in self.problems:
-      key = jax.random.key(0)
-      shapes = jax.eval_shape(problem.draw, key)
-      # Drawn once, and not before a program of the problem is compiled.
-      arguments = functools.cache(
-        lambda problem=problem, key=key: jax.jit(problem.draw)(key)
-      )
-      programs: dict[int, Program] = {}
-      for way in self.ways:
+    late = lambda: time.monotonic() - began > self.limit_s
+    for start in range(0, len(self.problems), self.together):
+      group = self.problems[start : start + self.together]
+      for draw, plans in self._compile(group, lambda: stop.asked or late()):
         if stop.asked:
           return
-        row, program = Row(**problem.sizes, way=way), None
-        if time.monotonic() - began > self.limit_s:
-          row = dataclasses.replace(
-            row, note=f"not begun after {self.limit_s:g} s"
-          )
-        else:
-          row, program = footprint.measure(
-            row, problem.gradient(way), shapes, arguments, clock=clock
-          )
+        self._time(draw, plans, rows, path, stop, late)
+
+  def _compile(self, problems, ended) -> list[tuple[Future, list[Future]]]:
+    """Of each problem `draw`, and of each way what `footprint.plan` returns."""
+    key = jax.random.key(0)
+
+    def draw(problem):
+      return None if ended() else jax.jit(problem.draw).lower(key).compile()
+
+    def plan(problem, way):
+      row = Row(**problem.sizes, way=way)
+      if ended():
+        return row, None
+      shapes = jax.eval_shape(problem.draw, key)
+      return footprint.plan(row, problem.gradient(way), shapes)
+
+    began = time.monotonic()
+    first, *others = self.ways
+    # XLA compiles outside of Python's lock. One way goes ahead: what XLA tunes
+    # for its products, the others find.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      plans = [[pool.submit(plan, problem, first)] for problem in problems]
+      draws = [pool.submit(draw, problem) for problem in problems]
+      wait(itertools.chain(*plans))
+      for problem, planned in zip(problems, plans, strict=True):
+        planned += [pool.submit(plan, problem, way) for way in others]
+    if not ended():
+      count, seconds = sum(map(len, plans)), time.monotonic() - began
+      log.say(f"{count} programs compiled in {seconds:.0f} s")
+    return list(zip(draws, plans, strict=True))
+
+  def _time(self, draw, plans, rows, path, stop, late) -> None:
+    """Times a problem's programs."""
+    count = len(self.problems) * len(self.ways)
+    clock = Clock(rounds=self.rounds, seconds=self.seconds)
+    # Drawn once, and where it is told if there is no room.
+    arguments = functools.cache(lambda: draw.result()(jax.random.key(0)))
+    programs: dict[int, Program] = {}
+    for plan in plans:
+      row, program = plan.result()
+      if stop.asked:
+        return
+      if not row.note and late():
+        row = dataclasses.replace(
+          row, note=f"not begun after {self.limit_s:g} s"
+        )
+      elif program is not None:
+        once = dataclasses.replace(clock, rounds=1)
+        row, program = footprint.run(row, program, arguments, once)
         if program is not None:
           programs[len(rows)] = program
-        rows.append(row)
-        footprint.write(rows, path, device=_where())
-        log.say(f"{len(rows)}/{count} {row}")
-      # Once more, side by side: a device slows down as it grows warm.
-      if programs:
-        times = clock.in_turns(list(programs.values()), [arguments()])
-        for n, seconds in zip(programs, times, strict=True):
-          rows[n] = dataclasses.replace(rows[n], ms=seconds * 1e3)
-        footprint.write(rows, path, device=_where())
+      rows.append(row)
+      footprint.write(rows, path, device=_where())
+      log.say(f"{len(rows)}/{count} {row}")
+    # Again, side by side: a device slows down as it grows warm.
+    if programs:
+      times = clock.in_turns(list(programs.values()), [arguments()])
+      for n, seconds in zip(programs, times, strict=True):
+        rows[n] = dataclasses.replace(rows[n], ms=seconds * 1e3)
+      footprint.write(rows, path, device=_where())
 
   def _tell(self, rows, path) -> None:
     text = footprint.table(rows, self.bases)

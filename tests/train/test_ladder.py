@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from isthmus.train import footprint
+from isthmus.attention.bench.clock import Clock
+from isthmus.train import footprint, ladder
 from isthmus.train.ladder import Ladder
 
 pytestmark = pytest.mark.once
@@ -58,6 +61,46 @@ def test_every_problem_has_a_row_each_way(tmp_path):
   assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
+@pytest.fixture
+def told(monkeypatch):
+  """What is compiled, "c", and timed, "t", in order."""
+  done, build, turns = [], footprint.build, Clock.in_turns
+
+  def tell_build(*arguments):
+    program = build(*arguments)
+    done.append("c")
+    return program
+
+  def tell_turns(self, *arguments):
+    done.append("t")
+    return turns(self, *arguments)
+
+  monkeypatch.setattr(footprint, "build", tell_build)
+  monkeypatch.setattr(Clock, "in_turns", tell_turns)
+  return done
+
+
+@pytest.mark.parametrize(
+  ("together", "order"), [(1, "ccttt" * 3), (2, "cccctttttt" + "ccttt")]
+)
+def test_programs_are_compiled_before_any_of_them_is_timed(
+  told, tmp_path, together, order
+):
+  results = _ladder(Sines(1), Sines(2), Sines(3), together=together).run(
+    tmp_path
+  )
+  assert results["rows"] == 6 and "".join(told) == order
+
+
+def test_programs_are_compiled_side_by_side(tmp_path, monkeypatch):
+  """Each waits for another, but those of the first way."""
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  met = threading.Barrier(2)
+  together = lambda way: met.wait(60) if way != WAYS[0] else None
+  problems = Sines(1, together), Sines(2, together)
+  assert _ladder(*problems).run(tmp_path)["rows"] == 4
+
+
 def test_no_room_does_not_end_it(tmp_path, monkeypatch):
   real = footprint.build
 
@@ -70,7 +113,7 @@ def test_no_room_does_not_end_it(tmp_path, monkeypatch):
 
   built = []
   monkeypatch.setattr(footprint, "build", build)
-  results = _ladder(Sines(1), Sines(3)).run(tmp_path)
+  results = _ladder(Sines(1), Sines(3), together=1).run(tmp_path)
   assert results["rows"] == 3 and "sines/L1/d1/64/plain/ms" not in results
   text = (tmp_path / "bench.md").read_text()
   assert text.count("out of memory") == 1 and text.count("| sines |") == 4
@@ -82,13 +125,31 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
   assert (tmp_path / "bench.md").read_text().count("not begun after") == 4
 
 
+def test_what_was_compiled_when_the_time_was_up_has_its_memory(
+  tmp_path, monkeypatch
+):
+  now = [0.0]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(ladder, "time", clock)
+
+  def compile_long(way):
+    now[0] += 9.0 * (way == WAYS[-1])
+
+  problems = Sines(1), Sines(3, compile_long)
+  results = _ladder(*problems, limit_s=5.0).run(tmp_path)
+  assert results["rows"] == 0 and "sines/L3/d1/64/plain/mib" in results
+  assert (tmp_path / "bench.md").read_text().count("not begun after") == 4
+
+
 def test_a_signal_and_a_failure_leave_the_rows_that_were_measured(tmp_path):
   def stop(way):
-    if way == "remat":
-      os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
-  results = _ladder(Sines(1), Sines(3, stop)).run(tmp_path / "stopped")
-  assert results["interrupted"] == 1 and results["rows"] == 3
+  for together, rows in ((1, 2), (2, 0)):
+    problems = Sines(1), Sines(3, stop)
+    path = tmp_path / f"stopped{together}"
+    results = _ladder(*problems, together=together).run(path)
+    assert results == {"interrupted": 1, "rows": rows, **results}
 
   def fail(way):
     raise RuntimeError("broken")
@@ -107,6 +168,7 @@ def test_a_signal_and_a_failure_leave_the_rows_that_were_measured(tmp_path):
     ({"limit_s": 0.0}, "limit_s 0.0"),
     ({"seconds": -1.0}, "seconds is -1.0"),
     ({"problems": ()}, "0 problems"),
+    ({"together": 0}, "together is 0"),
     ({"bases": ("rematt",)}, "'rematt' is none of the ways remat, plain"),
   ],
 )

@@ -90,16 +90,16 @@ def get_config(variant: str = "full") -> Ladder | Limits:
 def _full() -> Ladder:
   tokens, attended, cube = (16, 1024), (4, 4096), (1, 64, 64, 64)
   problems = (
-    Stack("mlp", 12, 1024, tokens),
-    Stack("mlp", 48, 1024, tokens),
-    Stack("transformer", 48, 1024, attended),
     Stack("conv", 4, 32, cube),
     Stack("conv", 16, 32, cube),
-    Stack("transformer", 12, 1024, attended),
-    Stack("mlp", 12, 2048, tokens),
-    Stack("mlp", 12, 1024, (32, 1024)),
     Stack("conv", 4, 64, cube),
     Stack("conv", 4, 32, (1, 96, 96, 96)),
+    Stack("mlp", 12, 1024, tokens),
+    Stack("mlp", 12, 2048, tokens),
+    Stack("mlp", 12, 1024, (32, 1024)),
+    Stack("transformer", 12, 1024, attended),
+    Stack("mlp", 48, 1024, tokens),
+    Stack("transformer", 48, 1024, attended),
   )
   return Ladder(problems=problems, ways=tuple(WAYS), bases=BASES)
 
