@@ -184,8 +184,8 @@ def _seen(queries, keys):
 def _walks(work, steps):
   """Into how many a row of tiles is cut.
 
-  As few as leave none that takes longer than all would if they were shared
-  out evenly; whole numbers of them, or some would start last of all.
+  As many as leave none shorter than an even share of all the work; of more,
+  some would start when the others are done.
   """
   return max(int(steps // max(work / PROCESSORS, 1)), 1)
 

@@ -93,8 +93,9 @@ def test_a_machine_without_hopper_is_refused(monkeypatch):
 
 
 @needs_mosaic
-def test_scales_that_turn_the_order_are_refused():
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_turn_or_lose_the_order_are_refused(scale):
   x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
   with interpreted():
-    said = mosaic.refuse(x, x, options=Options(8, scale=-0.5))
-  assert said == "it takes scales above 0, not -0.5"
+    said = mosaic.refuse(x, x, options=Options(8, scale=scale))
+  assert said == f"it takes scales above 0, not {scale}"

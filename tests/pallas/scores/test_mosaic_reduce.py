@@ -54,7 +54,7 @@ def test_a_walk_is_cut(reduce, causal, monkeypatch):
     (8192, 8192, 8, 64),
   ],
 )
-def test_walks_are_as_even_as_all_of_them(queries, keys, walks, steps):
+def test_walks_are_no_shorter_than_an_even_share(queries, keys, walks, steps):
   """Of one head, four warpgroups of 64 queries side by side."""
   share = mosaic_reduce._seen(queries, keys)
   work = queries / 256 * steps * share
