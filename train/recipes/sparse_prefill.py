@@ -27,9 +27,8 @@ Simplified: a model of 135M with 4-bit weights, which may have read this text in
   to 8K) has not been run, `deep` at 128K and in part at 32K.
 Command: python -m train.main --config sparse_prefill
 Claim: none
-Result: 4.7 to 39 times cuDNN at 128K, 7.9 to 62 at 256K, of .51 to .96 of the
-  mass; an 8B prefill 2.8 to 3.2 (H100, in part H200); recall goes first (two
-  CPU cores)
+Result: 4.8 to 40 times cuDNN at 128K, 8.7 to 68 at 256K, of .51 to .96 of the
+  mass; an 8B prefill 2.8 to 3.2 (H100); recall goes first (two CPU cores)
 Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   5.81, 1, .95. Window of 1/8, 1/4, 1/2: .43, 6.67, .90, .29; .60, 6.28, .94,
   .43; .85, 6.00, .97, .66. Top-k of the same: .32, 7.34, .83, .24; .49, 6.24,
@@ -44,37 +43,43 @@ Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   0: 2 rows of 1024 tokens in blocks of 64, 80 digits of 16 numbers in 2 more,
   so that small differences say nothing and contexts of 128K are not told of;
   `pbs-kv`, `proxy-kv` not run. Two CPU cores, jax 0.11.2. `speed` on one H100,
-  jax 0.11.2, 128K and 256K in one run, 64K and 32K in another (`--set
-  lengths=...`, `levels.antidiagonal=()` and so on for what is not named): times
-  as fast as cuDNN's dense attention, the choice among it; its share of the
-  time; mass kept, by the dense softmax of 64 queries. 128K (cuDNN 235 ms drawn,
-  248 SmolLM2's; ours 216, 219), asked for .9, drawn: mass 39.2, .12, .93;
-  ProxyAttn 28.5, .12, .96; unpermuted 28.1, .09, .95; PBS by kv head 24.4, .14,
-  .94, by query head 19.5, .21, .94. SmolLM2's: 5.2, .01, .71; 10.5, .04, .51;
-  4.7, .01, .72; 5.1, .03, .77; 4.9, .05, .77. PBS by kv head asked for .98:
-  14.7, .08, .97 and 2.65, .01, .89. 256K (1036, 1042; ours 879, 896): ProxyAttn
-  58.6, .17, .95 drawn; PBS by kv head 44.6, .14, .94 and 9.5, .03, .75, asked
-  for .98 23.0, .07, .97 and 4.9, .02, .88. 64K (55.6, 63.0): mass 19.1, .11,
-  .95 and 7.2, .04, .73; ProxyAttn 13.0, .17, .97 and 10.7, .12, .59; PBS by kv
-  head 12.4, .17, .94 and 6.3, .08, .78. 32K (14.0, 14.3): mass 10.8, .13, .96
-  and 4.8, .06, .73; ProxyAttn 6.3, .23, .98 and 4.6, .17, .70; PBS by kv head
-  6.9, .26, .96 and 3.9, .14, .81. The same by an H200 at 256K (1060, 1080), the
-  choice slower than now, jobs on its other GPUs: mass 61.9, .29, .92 and 9.5,
-  .04, .72; ProxyAttn 7.9, .07, .56 on SmolLM2's; PBS by query head 26.0, .23,
-  .94 and 8.6, .07, .75. At 128K, so too: an eighth by top-k 4.5, .03, .78, by
-  window 4.6, .01, .74 on SmolLM2's; antidiagonals, which no kernel takes, .55,
-  .92, .83 on drawn ones. So 3 times at 128K and 6 at 256K holds of every way
-  asked for .9; but on SmolLM2's arrays each keeps less than it is asked for,
-  and what keeps .88 or .89 is 2.65 and 4.9 times as fast. That the choice takes
-  at most .15 holds at 128K of all but PBS by query head, on SmolLM2's arrays of
-  all but ProxyAttn at 32K; on drawn ones, of which 2 to 12% of the blocks are
-  left to read, not of ProxyAttn and PBS at 32K and 64K, where the last queries'
-  keys make 32 and 64 CTAs for 132 processors, which may be why, nor of
-  ProxyAttn at 256K. SHA-256 of SmolLM2's queries and keys at 128K begins with
-  a50a4ad59626, at 256K with 5226af1af43f. `deep`, the same H100, at 128K: cuDNN
-  10,907 ms, our dense attention 10,309, PBS by kv head 3,884 (.13 of the
-  blocks), ProxyAttn 3,398 (.08), mass 3,801 (.13); on an H200, with the slower
-  choice, at 32K 1,179, 1,159 and, PBS, 848 (.25); measured by us
+  jax 0.11.2, one run (`--set lengths=(131072,262144,32768,65536)` and
+  `levels.mass=(0.9,)` and so on for what is named; what is not in the README's
+  table at 128K and 256K alone; all programs of the table were compiled before
+  any was timed): times as fast as cuDNN's dense attention, the choice among it;
+  its share of the time; mass kept, by the dense softmax of 64 queries; asked
+  for .9. 128K (cuDNN 245 ms drawn, 246 SmolLM2's; ours 212, 217), drawn: mass
+  39.6, .12, .93; ProxyAttn 27.3, .10, .96; unpermuted 28.9, .09, .95; PBS by kv
+  head 25.6, .14, .94, by query head 19.9, .21, .94. SmolLM2's: 5.2, .02, .71;
+  10.7, .04, .51; 4.8, .01, .72; 5.0, .03, .77; 4.9, .05, .77. PBS by kv head
+  asked for .98: 15.3, .08, .97 and 2.6, .01, .89. 256K (1027, 1040; ours 873,
+  892), in the same order: 68.1, .14, .92; 58.5, .155, .95; 49.7, .11, .94;
+  44.4, .14, .94; 32.5, .18, .94; and 9.9, .02, .72; 8.7, .02, .56; 9.2, .02,
+  .72; 9.5, .03, .75; 9.0, .05, .75; asked for .98 22.6, .07, .97 and 5.0, .02,
+  .88. 64K (61.3, 63.1; ours 53.3, 54.1): mass 20.6, .11, .95 and 4.1, .02, .71;
+  ProxyAttn 15.0, .10, .97 and 5.3, .03, .60; PBS by kv head 14.0, .14, .94 and
+  3.8, .04, .78. 32K (14.0, 14.2; ours 13.5, 13.9): mass 10.7, .13, .96 and 3.4,
+  .04, .75; ProxyAttn 6.8, .09, .98 and 4.1, .05, .65; PBS by kv head 7.4, .17,
+  .96 and 3.0, .07, .83. The clock was 1,980 MHz after it and 1,545 in between,
+  at 600 W and 65 degrees. Of a text of 64K tokens, for which positions are
+  stretched less, fewer of SmolLM2's blocks are read, so that an H100 with a
+  slower choice was faster: mass 7.2 and 4.8 at 64K and 32K, ProxyAttn 10.7 and
+  4.6, PBS by kv head 6.3 and 3.9, of .73, .73; .59, .70; .78, .81. An H200 at
+  128K, with a still slower choice and jobs on its other GPUs: an eighth by
+  top-k 4.5, .03, .78, by window 4.6, .01, .74 on SmolLM2's; antidiagonals,
+  which no kernel takes, .55, .92, .83 on drawn ones. So 3 times at 128K and 6
+  at 256K holds of every way asked for .9; but on SmolLM2's arrays each keeps
+  less than it is asked for, and what keeps .88 or .89 is 2.6 and 5.0 times as
+  fast. That the choice takes at most .15 holds of mass, PBS by kv head and
+  ProxyAttn at all four lengths on both arrays, but for PBS at 32K (.168) and
+  ProxyAttn at 256K (.155) on drawn ones, of which 1 to 12% of the blocks are
+  left to read; it does not hold of PBS by query head on drawn ones (.208 at
+  128K, .182 at 256K). SHA-256 of SmolLM2's queries and keys at 128K begins with
+  a50a4ad59626, at 256K with 5226af1af43f. `deep` on an H100, with a slower
+  choice, at 128K: cuDNN 10,907 ms, our dense attention 10,309, PBS by kv head
+  3,884 (.13 of the blocks), ProxyAttn 3,398 (.08), mass 3,801 (.13); on an
+  H200, with a still slower one, at 32K 1,179, 1,159 and, PBS, 848 (.25);
+  measured by us
 Check: none
 """
 
