@@ -12,27 +12,40 @@ Reproduced: the gradient of stacks of two streams by parameters and input,
   largest volume, depth and width within a budget.
 Simplified: random streams and gradients in place of data, a head and a loss;
   branches compute in bfloat16. MBConv computes its norms again in every mode.
-  Budgets count a program's temporaries, not parameters and gradients. The
-  convolutions of `full` have not been run.
+  Budgets count a program's temporaries, not parameters and gradients.
 Command: python -m train.main --config reversible_memory
 Claim: of a 3D U-Net at a fixed memory, volumes up to 3 times as large, or 25%
   more depth, or twice the channels (arXiv 2104.09648); paper's claim
-Result: 0.10 of the memory of remat by layer, or 0.44 of remat by branch at 1.02
-  of its time; U-Nets of 11 times the volume (one H100)
-Measured: gradients of 48 layers, MiB of compiled temporaries and ms, all ways
-  in turns, one H100 80GB, jax 0.11.2, the first 24 of `full`'s 80 programs.
-  Perceptrons (width 1024, 16 x 1024 tokens): reversible 744, 221; with 0.69 of
-  the additions cached 2872, 207, with 0.77 3128, 206, with all 3864, 201; remat
-  by branch 7049, 201, by layer 7248, 216, of all but products 19169, 188; plain
-  72512, no room. So 0.10 of the memory of remat by layer; 0.44 of that by
-  branch at 1.02 of its time. Transformer (4 x 4096 tokens): 732, 246; 2824,
-  239; 3080, 239; 3784, 236; 6792, 237; 6961, 241; 17507, 223; plain 49344, no
-  room: 0.42 of the memory of remat by branch at 1.01 of its time. U-Nets within
-  70 GiB (`claims`, 4 channels, 128^3 voxels unless enlarged), reversible
-  against plain: a cube of 288 against 128, 11.4 times the voxels; at least 16
-  layers against 5; at least 240 first channels against 72; 240 x 240 x 160
-  voxels take 25 GiB against 216. In all four the reversible net ran a step. So
-  volume (3 times), depth (25%) and channels (twice) are replicated, and
+Result: 0.10 of remat's memory by layer, or 0.44 by branch at 1.02 of its time;
+  convolutions 0.36 to 0.61 at 1.01 to 1.12; U-Nets of 11 times the volume
+  (H100)
+Measured: MiB of compiled temporaries and ms of a gradient, all ways in turns,
+  H100 80GB, jax 0.11.2. 48 layers. Perceptrons (width 1024, 16 x 1024 tokens):
+  reversible 744, 221; with 0.69 of the additions cached 2872, 207, with 0.77
+  3128, 206, with all 3864, 201; remat by branch 7049, 201, by layer 7248, 216,
+  of all but products 19169, 188; plain 72512, no room. So 0.10 of the memory of
+  remat by layer; 0.44 of that by branch at 1.02 of its time. Transformer (4 x
+  4096 tokens): 732, 246; 2824, 239; 3080, 239; 3784, 236; 6792, 237; 6961, 241;
+  17507, 223; plain 49344, no room: 0.42 of the memory of remat by branch at
+  1.01 of its time. The others in another run, which compiled all 80 programs,
+  these 16 to the same memory within 1.1%, and had no time to time them; in the
+  same order. 3D MBConv, 4 layers, width 32, 64^3 voxels: 653, 45.2; 978, 44.6;
+  978, 44.6; 1010, 44.4; 1070, 41.4; 1070, 41.7; 1742, 43.4; 2989, 43.0. 16
+  layers: 653, 180; 1230, 177; 1262, 177; 1390, 176; 1838, 164; 1840, 166; 4430,
+  172; 9905, 171. Width 64: 1005, 78.4; 1916, 78.8; 1916, 78.8; 1980, 78.2;
+  2108, 77.6; 2109, 78.0; 3358, 79.3; 6175, 74.9. 96^3 voxels: 2189, 144; 3270,
+  140; 3270, 140; 3378, 141; 3593, 129; 3594, 130; 5754, 136; 10400, 135.
+  Perceptrons, 12 layers: 744, 52.1; 1272, 49.7; 1336, 49.2; 1560, 48.2; 2441,
+  48.5; 2640, 52.7; 5345, 45.7; 18825, 64.3. Width 2048: 1568, 180; 2592, 170;
+  2720, 169; 3104, 166; 4897, 162; 5280, 177; 10689, 147; 38433, 181. 32 x 1024
+  tokens: 1440, 103; 2576, 99.3; 2704, 97.5; 3024, 96.8; 4873, 95.1; 5264, 104;
+  10689, 88.9; 37257, 125. Transformer, 12 layers: 732, 60.2; 1224, 58.6; 1288,
+  58.5; 1480, 57.8; 2184, 57.8; 2353, 58.7; 4835, 54.5; 12714, 64.8.
+  U-Nets within 70 GiB (`claims`, 4 channels, 128^3 voxels unless enlarged),
+  reversible against plain: a cube of 288 against 128, 11.4 times the voxels; at
+  least 16 layers against 5; at least 240 first channels against 72; 240 x 240 x
+  160 voxels take 25 GiB against 216. In all four the reversible net ran a step.
+  So volume (3 times), depth (25%) and channels (twice) are replicated, and
   exceeded, by a net that isn't the paper's; measured by us
 Check: none
 """
