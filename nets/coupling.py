@@ -121,6 +121,43 @@ class Layers(NamedTuple):
     return added
 
 
+  def as_differentiated(self) -> "Layers":
+    """The same layers, whose branches are traced as `sweep` traces them.
+
+    A rule of differentiation may compute a value by other operations than the
+    function itself, and XLA compile even the same ones otherwise.
+
+    Example:
+      >>> w = jnp.ones((3, 4))
+      >>> add = lambda p, x, *, key, state, aux: (p * x, state)
+      >>> stack = Layers.of(add, add, (w, w), None, None).as_differentiated()
+      >>> print(stack.f(w[0], 2 * w[0], key=None, state=None, aux=None))
+      (Array([2., 2., 2., 2.], dtype=float32), None)
+    """
+    return self._replace(f=_differentiated(self.f), g=_differentiated(self.g))
+
+
+def _differentiated(branch):
+  """The branch, and how its value is computed where it is differentiated."""
+
+  def call(params, x, /, *, key, state, aux):
+    dx, _, state = _pull(branch, params, x, key, state, aux)
+    return dx, state
+
+  return call
+
+
+def _pull(branch, params, x, key, state, aux):
+  """(dx, its pullback to floats of (params, x, aux), the new state)."""
+  (p_floats, p_ints), (a_floats, a_ints) = separate(params), separate(aux)
+
+  def call(p_floats, x, a_floats):
+    params, aux = combine(p_floats, p_ints), combine(a_floats, a_ints)
+    return branch(params, x, key=key, state=state, aux=aux)
+
+  return jax.vjp(call, p_floats, x, a_floats, has_aux=True)
+
+
 def _keys(keys, depth):
   if keys is None:
     return None, None
@@ -262,7 +299,7 @@ def sweep(
     (2.0, 3.0, 2.0, 3.0)
   """
   p_floats, _ = separate((stack.arrays[0][0], stack.arrays[1][0]))
-  a_floats, a_ints = separate(aux)
+  a_floats, _ = separate(aux)
   wide = lambda leaf: leaf.astype(accumulator(leaf.dtype))
 
   def pull(branch, one, seen, low):
@@ -271,18 +308,7 @@ def sweep(
     low: the loss's derivative by what it added to, in any precision.
     """
     params, key, state = one
-    floats, ints = separate(params)
-
-    def call(floats, x, aux):
-      return branch(
-        combine(floats, ints),
-        x,
-        key=key,
-        state=state,
-        aux=combine(aux, a_ints),
-      )
-
-    dx, back, _ = jax.vjp(call, floats, seen, a_floats, has_aux=True)
+    dx, back, _ = _pull(branch, params, seen, key, state, aux)
     return dx, *back(low.astype(dx.dtype))
 
   def step(carry, i, cached):

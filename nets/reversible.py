@@ -12,7 +12,8 @@ In floating point `(x + d) - d` is not x. Here it is: the streams are float32
 multiples of 2^-grid, what a branch adds is rounded to such a multiple, and
 sums of those are exact while `|x| < 2^(24 - grid)`. A branch then reads in the
 backward pass, bit for bit, what it read in the forward pass, in whatever
-precision it computes.
+precision it computes. Both passes trace a branch in one way, that of its
+derivative; it must also be compiled alike, see docs/reversible.md.
 """
 
 import functools
@@ -176,6 +177,9 @@ def reversible_inverse(
 ) -> Pair:
   """The x of which `reversible_stack` makes y; see there.
 
+  Exact where y was made without being differentiated: a gradient's passes
+  both compute a branch as its derivative's rule does.
+
   Args:
     f, g, params, keys, aux, grid: those of the forward pass.
     y: the two streams, as they came out.
@@ -256,11 +260,12 @@ def assert_reversible(
   @jax.jit
   def walk(arrays, x, aux):
     whole = stack._replace(arrays=arrays)
-    y, _, deltas = run(whole, x, aux, grid=grid, start=start)
+    there = whole.as_differentiated()
+    y, _, deltas = run(there, x, aux, grid=grid, start=start)
 
     def follow(x, i):
       layer = jax.tree.map(lambda leaf: leaf[None], whole.layer(i))
-      one = whole._replace(arrays=layer, depth=1)
+      one = there._replace(arrays=layer, depth=1)
       y, _, _ = run(one, x, aux, grid=grid, start=1)
       return y, jnp.maximum(*(jnp.abs(s).max() for s in y))
 
@@ -355,6 +360,7 @@ def _reverse(stack, x, aux, grid, start):
 
   def forward(floats, x, rest):
     stack, aux = whole(floats, rest)
+    stack = stack.as_differentiated()
     y, state, deltas = run(stack, x, aux, grid=grid, start=start)
     return (y, state), (floats, rest, y, deltas)
 
