@@ -120,7 +120,6 @@ class Layers(NamedTuple):
       added.append(dx)
     return added
 
-
   def as_differentiated(self) -> "Layers":
     """The same layers, whose branches are traced as `sweep` traces them.
 
