@@ -146,8 +146,6 @@ class Ladder:
     for start in range(0, len(self.problems), self.together):
       group = self.problems[start : start + self.together]
       for draw, plans in self._compile(group, lambda: stop.asked or late()):
-        if stop.asked:
-          return
         self._time(draw, plans, rows, path, stop, late)
 
   def _compile(self, problems, ended) -> list[tuple[Future, list[Future]]]:
