@@ -13,7 +13,8 @@ multiples of 2^-grid, what a branch adds is rounded to such a multiple, and
 sums of those are exact while `|x| < 2^(24 - grid)`. A branch then reads in the
 backward pass, bit for bit, what it read in the forward pass, in whatever
 precision it computes. Both passes trace a branch in one way, that of its
-derivative; it must also be compiled alike, see docs/reversible.md.
+derivative; it must also be compiled alike, for which a GPU needs the
+`COMPILER_OPTIONS`, see docs/reversible.md.
 """
 
 import functools
@@ -39,6 +40,11 @@ from isthmus.nets.coupling import (
 
 #: What `reversible_stack`'s `mode` may be.
 MODES = ("reversible", "remat", "plain")
+
+#: Of `jax.jit`, for gradients through a reversible stack; not read on a CPU. By
+#: default XLA tries kernels for each fusion on the GPU and takes the fastest,
+#: and those that it takes for the two passes need not sum in one order.
+COMPILER_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 
 
 class Reversal(NamedTuple):
@@ -89,7 +95,7 @@ def reversible_stack(
   The streams are float32 (float64 if x is), whatever the branches compute in.
   A branch's rounding to the grid has the derivative 1. Mode "reversible" can
   be differentiated backwards, as often as is liked, but not forwards; the
-  other modes can.
+  other modes can. On a GPU compile it with `COMPILER_OPTIONS`.
 
   Args:
     f, g: see `Branch`. They are traced, so they must depend on their
@@ -230,8 +236,9 @@ def assert_reversible(
 ) -> Reversal:
   """Runs a stack forwards and backwards, and compares its inputs.
 
-  The backward pass is that which a gradient runs, compiled with its gradients,
-  not the inverse alone: XLA may round a branch otherwise there.
+  The backward pass is that which a gradient runs, compiled with its gradients
+  and `COMPILER_OPTIONS`, not the inverse alone: XLA may round a branch
+  otherwise there.
 
   Args:
     f, g, params, x, keys, state, aux, grid, cache: see `reversible_stack`.
@@ -257,7 +264,7 @@ def assert_reversible(
   stack.check(x, aux, closed=False)
   start = stack.depth - _cached(stack, cache)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
   def walk(arrays, x, aux):
     whole = stack._replace(arrays=arrays)
     there = whole.as_differentiated()

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from isthmus.data.loader import Loader
+from isthmus.nets.reversible import COMPILER_OPTIONS
 from isthmus.train import log, mesh, sequence, stop
 from isthmus.train.ckpt import Checkpointer
 from isthmus.train.config import ConfigError
@@ -105,8 +106,12 @@ class Run:
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
       return new, metrics
 
+    reversible = getattr(job.model, "mode", None) == "reversible"
     self.step = jax.jit(
-      train_step, donate_argnums=0, out_shardings=(self.shardings, copied)
+      train_step,
+      donate_argnums=0,
+      out_shardings=(self.shardings, copied),
+      compiler_options=COMPILER_OPTIONS if reversible else None,
     )
     self._evaluate = jax.jit(
       lambda p, m, b: job.task.evaluate(job.model, p, m, b),

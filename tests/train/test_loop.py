@@ -259,6 +259,22 @@ def test_evaluation_is_exact_with_a_ragged_batch():
   assert abs(plain(state.params)[0] - loss) > 1e-3
 
 
+def test_reversible_models_are_compiled_as_their_inverse_needs(monkeypatch):
+  """An option that XLA does not know shows which steps get the options."""
+  monkeypatch.setattr(loop, "COMPILER_OPTIONS", {"no_such_option": True})
+
+  def compile_step(mode):
+    job = config.load("quickstart:smoke")
+    model = job.model.clone(mode=mode, scan=True)
+    run = loop.Run(dataclasses.replace(job, model=model))
+    with jax.set_mesh(run.mesh):
+      return run.step.lower(run.target, run.batch).compile()
+
+  assert compile_step("plain").memory_analysis() is not None
+  with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+    compile_step("reversible")
+
+
 def test_never_evaluated_and_a_plain_optax_chain(tmp_path):
   """Nothing opens a split that isn't asked for."""
   train = toy.Noise().open("train").arrays
