@@ -95,6 +95,8 @@ def compact(
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead capacity"]]:
   """(num, indices): where each row is True, ascending, padded validly.
 
+  What says where is computed once, not again for each digit of each place.
+
   Example:
     >>> num, index = compact(jnp.array([[False, True, True, False]]))
     >>> num.tolist(), index.tolist()
@@ -102,6 +104,8 @@ def compact(
   """
   size = seen.shape[-1]
   capacity = size if capacity is None else min(capacity, size)
+  if capacity > _FEW:
+    seen = lax.optimization_barrier(seen)
   num = jnp.sum(seen, axis=-1, dtype=jnp.int32)
   place = jnp.arange(size, dtype=jnp.int32)
   if capacity <= _FEW:

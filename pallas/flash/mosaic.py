@@ -25,6 +25,9 @@ from isthmus.pallas.hopper import WIDTHS, refuse_machine
 #: Tokens of a tile, of queries and of keys; `tile.BLOCK`, which can't be
 #: imported where jax has no Mosaic GPU.
 BLOCK = 128
+# Tiles that a list of tiles is taken to name, if it has room for more: how many
+# are known only when it runs.
+_USUAL = 16
 
 
 def attend(
@@ -177,7 +180,7 @@ def _walk_back(options, config, q, k, v, extras, do, lse, delta):
 
   t, s, width = q.shape[1], k.shape[1], q.shape[3]
   k, v = _clean_keys(options, q, k, v, extras)
-  if may_miss(options, extras, t, s):
+  if _rows_miss(options, extras, t, s):
     # A row without keys passes nothing on, whatever it and do hold.
     rows = jnp.swapaxes(jnp.isneginf(lse), 1, 2)[..., None]
     q, do = jnp.where(rows, 0, q), jnp.where(rows, 0, do)
@@ -195,9 +198,18 @@ def _walk_back(options, config, q, k, v, extras, do, lse, delta):
   return dq[:, :t], dk[:, :s], dv[:, :s]
 
 
+def _rows_miss(options, extras, t, s):
+  """Whether a tile that is walked may hold a row without keys."""
+  lists = extras.lists
+  if lists is not None and lists.partial is None:
+    return False  # its keys are all the row's, so that none walks to it
+  return may_miss(options, extras, t, s)
+
+
 def _plan(options, q, k, extras, sinks):
   """How query tiles walk along key tiles."""
   from isthmus.pallas.flash.tile import Plan
+  from isthmus.pallas.flash.walk import band_steps
 
   predicate, t, s = options.predicate, q.shape[1], k.shape[1]
   if sinks is not None:
@@ -205,7 +217,8 @@ def _plan(options, q, k, extras, sinks):
   if extras.lists is None and (
     predicate is None or isinstance(predicate, Band)
   ):
-    return Plan((t, s), band=predicate or Band(None, None), sinks=sinks)
+    band = predicate or Band(None, None)
+    return Plan((t, s), band=band, sinks=sinks, steps=band_steps(band, (t, s)))
   lists = planning.tiles(
     extras.lists,
     predicate,
@@ -223,6 +236,7 @@ def _plan(options, q, k, extras, sinks):
     q=tuple(_whole(x) for x in extras.q),
     k=tuple(_whole(x) for x in extras.k),
     sinks=sinks,
+    steps=min(_USUAL, sum(listing.capacities(lists))),
   )
 
 

@@ -1,7 +1,9 @@
 """Forward attention for sm_90 in Pallas Mosaic GPU.
 
 Two compute warpgroups own 64 query rows each and share the key tiles that a
-third brings in by TMA, reading their indices along the walk. The schedule is
+third brings in by TMA, reading their indices along the walk. Where walks are
+short a CTA takes several, and what the next one begins with is loaded while the
+last one ends. The schedule is
 that of FlashAttention-3 (https://arxiv.org/abs/2407.08608): within a warpgroup
 the softmax of a step runs while the values of the step before are being added,
 and with `ping_pong` the two take turns at the tensor cores.
@@ -22,10 +24,11 @@ from isthmus.pallas.flash.tile import (
   ROWS,
   accumulate,
   call,
+  chunk,
   div,
   drain,
+  each_item,
   element_mask,
-  entry,
   filled,
   product,
   products,
@@ -36,7 +39,7 @@ from isthmus.pallas.flash.tile import (
   where_partial,
 )
 from isthmus.pallas.flash.tile import Plan as Plan
-from isthmus.pallas.flash.walk import band_walk, list_walk
+from isthmus.pallas.flash.walk import query_tile
 
 LOG2E = math.log2(math.e)
 GROUPS = BLOCK // ROWS  # compute warpgroups
@@ -89,25 +92,22 @@ def forward(q, k, v, plan, options, config):
   masked = plan.masked(length)
   tile = (ROWS, block_k)
 
+  items = b * n * tiles
+  each = chunk(items, plan.steps) if max(d, dv) <= 128 else 1
+  # Else the outputs leave through the memory of the queries.
+  staged = each > 1 or d != dv
+
   def body(q_ref, k_ref, v_ref, refs, o_ref, lse_ref, scratch):
     q_smem2, k_smem, v_smem, o_smem2, lse_smem2, *barriers = scratch
-    q_full, k_full, v_full, k_free, v_free, turn = barriers
-    wg, item = lax.axis_index("wg"), lax.axis_index("item")
-    pair, row = div(item, tiles), tiles - 1 - rem(item, tiles)
-    batch, head = div(pair, n), rem(pair, n)
-    kv_head = div(head, group)
-    if refs["order"] is not None:
-      row = entry(refs["order"], batch, head, rem(item, tiles))
-    if refs["lists"] is None:
-      walk = band_walk(
-        row, plan.band, lengths=(t, s), block=(BLOCK, BLOCK), ragged=True
-      )
-    else:
-      walk = list_walk(refs["lists"], batch, head, row)
-    partial, total = walk.partial * split, walk.total * split
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = barriers
+    wg = lax.axis_index("wg")
 
-    def first_key(step):
+    def first_key(walk, step):
       return walk.index(div(step, split)) * BLOCK + rem(step, split) * block_k
+
+    def steps_of(walk):
+      # A row of tiles without keys takes one tile, and masks all of it.
+      return jnp.maximum(walk.total * split, 1)
 
     def take_turn(wg):
       if config.ping_pong:
@@ -117,27 +117,23 @@ def forward(q, k, v, plan, options, config):
       if config.ping_pong:
         plgpu.barrier_arrive(turn.at[1 - wg])
 
-    # A row of tiles without keys takes one tile, and masks all of it.
-    none, total = total == 0, jnp.maximum(total, 1)
+    q_smem, lse_smem = q_smem2.at[wg], lse_smem2.at[wg]
+    o_smem = o_smem2.at[wg] if staged else q_smem
 
-    @pl.when(wg < GROUPS)
-    def _compute():
-      plgpu.set_max_registers(240, action="increase")
-      q_smem = q_smem2.at[wg]
-      o_smem = q_smem if d == dv else o_smem2.at[wg]
-      lse_smem = lse_smem2.at[wg]
+    def attend(i, item, done):
+      batch, head, row, walk = query_tile(refs, plan, n, item)
+      kv_head = div(head, group)
+      partial, total = walk.partial * split, steps_of(walk)
+      none = walk.total == 0
       base = row * BLOCK + wg * ROWS
-      rows = (batch, pl.ds(base, ROWS), head)
-      plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_full.at[wg])
-      pl.when(wg == 1)(lambda: pass_turn(wg))
-      plgpu.barrier_wait(q_full.at[wg])
+      plgpu.barrier_wait(q_full)
 
       def seen_of(step):
         return element_mask(
           refs,
           predicate,
           (batch, head, kv_head),
-          (base, first_key(step)),
+          (base, first_key(walk, step)),
           tile,
           queries=0,
           length=length,
@@ -165,15 +161,16 @@ def forward(q, k, v, plan, options, config):
         return lambda acc: wgmma(acc, q_smem, k_smem.at[slot].transpose((1, 0)))
 
       def first_step():
-        plgpu.barrier_wait(k_full.at[0])
+        slot = rem(done, stages)
+        plgpu.barrier_wait(k_full.at[slot])
         take_turn(wg)
 
         def multiply(acc):
-          scores(0)(acc)
+          scores(slot)(acc)
           pass_turn(wg)
 
         x = product(tile, multiply)
-        plgpu.barrier_arrive(k_free.at[0])
+        plgpu.barrier_arrive(k_free.at[slot])
         nothing = lambda _: filled(tile, -jnp.inf)
         x = lax.cond(none, nothing, lambda x: x, logits(x, jnp.int32(0)))
         top, denominator = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0)
@@ -183,7 +180,7 @@ def forward(q, k, v, plan, options, config):
       def step_of(step, carry):
         """The scores of this step, while the values of the last are added."""
         acc, low, top, denominator = carry
-        slot, last = rem(step, stages), rem(step - 1, stages)
+        slot, last = rem(done + step, stages), rem(done + step - 1, stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[last])
         take_turn(wg)
@@ -203,11 +200,11 @@ def forward(q, k, v, plan, options, config):
 
       carry = lax.fori_loop(1, total, step_of, first_step())
       acc, low, top, denominator = carry
-      last = rem(total - 1, stages)
+      plgpu.barrier_arrive(q_free)
+      last = rem(done + total - 1, stages)
       plgpu.barrier_wait(v_full.at[last])
       acc = accumulate(acc, lambda acc: wgmma(acc, low, v_smem.at[last]))
       plgpu.barrier_arrive(v_free.at[last])
-      pl.when(wg == 0)(lambda: take_turn(wg))
 
       if refs["sinks"] is not None:
         sink = refs["sinks"][head] * LOG2E
@@ -224,23 +221,34 @@ def forward(q, k, v, plan, options, config):
       acc = acc * spread(inverse, acc.shape, 0)
       # What no key was seen for may be 0 NaN by now.
       empty = spread(denominator == 0, acc.shape, 0)
+      if each > 1:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       o_smem[...] = jnp.where(empty, 0.0, acc).astype(dtype)
       lse_smem[...] = lse
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(o_smem, o_ref.at[rows])
       span = pl.ds(base, ROWS)
+      plgpu.copy_smem_to_gmem(o_smem, o_ref.at[batch, span, head])
       plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[batch, head, span])
-      plgpu.wait_smem_to_gmem(0)
+      return done + total
 
-    @pl.when(wg == GROUPS)
-    def _load():
-      plgpu.set_max_registers(24, action="decrease")
+    def load(i, item, done):
+      batch, head, row, walk = query_tile(refs, plan, n, item)
+      kv_head, total = div(head, group), steps_of(walk)
+
+      def queries():
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
+        for part in range(GROUPS):
+          span = pl.ds(row * BLOCK + part * ROWS, ROWS)
+          q_tile = q_ref.at[batch, span, head]
+          plgpu.copy_gmem_to_smem(q_tile, q_smem2.at[part], q_full)
 
       @pl.loop(0, total)
       def _(step):
-        slot = rem(step, stages)
-        keys = (batch, pl.ds(first_key(step), block_k), kv_head)
-        later = step >= stages
+        # As many keys first as have room before the last item is done.
+        pl.when(step == stages - 1)(queries)
+        slot = rem(done + step, stages)
+        keys = (batch, pl.ds(first_key(walk, step), block_k), kv_head)
+        later = done + step >= stages
         pl.when(later)(lambda: plgpu.barrier_wait(k_free.at[slot]))
         plgpu.copy_gmem_to_smem(
           k_ref.at[keys], k_smem.at[slot], k_full.at[slot]
@@ -250,7 +258,23 @@ def forward(q, k, v, plan, options, config):
           v_ref.at[keys], v_smem.at[slot], v_full.at[slot]
         )
 
+      pl.when(total < stages)(queries)
+      return done + total
+
+    @pl.when(wg < GROUPS)
+    def _compute():
+      plgpu.set_max_registers(240, action="increase")
+      pl.when(wg == 1)(lambda: pass_turn(wg))
+      each_item(items, each, attend)
+      plgpu.wait_smem_to_gmem(0)
+      pl.when(wg == 0)(lambda: take_turn(wg))
+
+    @pl.when(wg == GROUPS)
+    def _load():
+      plgpu.set_max_registers(24, action="decrease")
+      total = each_item(items, each, load)
       drain(total, stages, k_free, v_free)
+      plgpu.barrier_wait(q_free)
 
   return call(
     body,
@@ -264,16 +288,17 @@ def forward(q, k, v, plan, options, config):
       tiled((GROUPS, ROWS, d), dtype),
       tiled((stages, block_k, d), dtype),
       tiled((stages, block_k, dv), dtype),
-      tiled((GROUPS, ROWS, dv), dtype) if d != dv else (),
+      tiled((GROUPS, ROWS, dv), dtype) if staged else (),
       plgpu.SMEM((GROUPS, ROWS), jnp.float32),
-      plgpu.Barrier(num_barriers=GROUPS),
+      plgpu.Barrier(num_arrivals=GROUPS),
+      plgpu.Barrier(num_arrivals=GROUPS),
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
       plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
       plgpu.Barrier(num_barriers=GROUPS),
     ),
-    items=b * n * tiles,
+    items=pl.cdiv(items, each),
     threads=GROUPS + 1,
     name="flash_forward",
   )

@@ -6,13 +6,15 @@ from arithmetic alone, so that dense attention needs no memory for lists.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from isthmus.pallas.flash.predicate import Band
-from isthmus.pallas.flash.tile import div
+from isthmus.pallas.flash.tile import BLOCK, div, entry, rem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,52 @@ def band_walk(
     return jnp.where(step < partial, masked, first + step - partial)
 
   return Walk(partial, stop - start, index)
+
+
+def band_steps(band: Band, lengths: tuple[int, int]) -> float:
+  """Tiles of BLOCK that a tile of BLOCK meets, on the average.
+
+  Example:
+    >>> [band_steps(Band(left, 0), (512, 512)) for left in (None, 0)]
+    [2.5, 1.0]
+  """
+  rows, cols = lengths
+  low = np.arange(0, rows, BLOCK) + band.offset
+  left = math.inf if band.left is None else band.left
+  right = math.inf if band.right is None else band.right
+  first = np.clip(low - left, 0, cols) // BLOCK
+  last = np.clip(low + (BLOCK - 1) + right, -1, cols - 1) // BLOCK
+  return float(np.maximum(last - first + 1, 0).mean())
+
+
+def query_tile(refs: Any, plan: Any, heads: int, item: Any):
+  """(batch, head, row, walk): the tile of queries that an item is.
+
+  Args:
+    refs: the arrays of the plan, by name.
+    plan: a `Plan`, for what is static.
+    heads: of queries.
+    item: in batches x heads x rows of tiles.
+
+  Example:
+    >>> from isthmus.pallas.flash.tile import Plan
+    >>> plan = Plan((256, 256))
+    >>> at = query_tile(plan.arrays(), plan, 2, jnp.int32(5))
+    >>> [int(x) for x in at[:3]]  # the last rows come first
+    [1, 0, 0]
+  """
+  t, s = plan.lengths
+  tiles = -(-t // BLOCK)
+  pair, place = div(item, tiles), rem(item, tiles)
+  batch, head = div(pair, heads), rem(pair, heads)
+  row = tiles - 1 - place
+  if refs["order"] is not None:
+    row = entry(refs["order"], batch, head, place)
+  if refs["lists"] is not None:
+    return batch, head, row, list_walk(refs["lists"], batch, head, row)
+  block = (BLOCK, BLOCK)
+  walk = band_walk(row, plan.band, lengths=(t, s), block=block, ragged=True)
+  return batch, head, row, walk
 
 
 def list_walk(refs: Any, batch: Any, head: Any, row: Any) -> Walk:

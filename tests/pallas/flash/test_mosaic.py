@@ -185,16 +185,28 @@ def check_window():
 
 
 def check_unlisted():
-  """NaN in a block of keys that no list has."""
-  full = np.zeros((1, 1, 2, 3), bool)
-  full[0, 0, :, 0] = full[0, 0, 1, 2] = True
+  """NaN in a block of keys that no list has, and in one of queries without."""
+  full = np.zeros((1, 1, 3, 3), bool)
+  full[0, 0, ::2, 0] = full[0, 0, 2, 2] = True
   lists = listed(jnp.asarray(full), block=BLOCK)
-  call = Call((256, 384), (1, 1), extras=Extras(lists=lists))
-  (q, k, v), *_ = call.arrays()
+  call = Call((384, 384), (1, 1), extras=Extras(lists=lists))
+  args, do, _ = call.arrays()
   hole = (jnp.arange(384) // 128 == 1)[None, :, None, None]
-  k, v = jnp.where(hole, jnp.nan, k), jnp.where(hole, jnp.nan, v)
-  mask = equals_oracle(call, call.vjp((q, k, v)))
+  *args, do = (jnp.where(hole, jnp.nan, x) for x in (*args, do))
+  mask = equals_oracle(call, call.vjp(args, do))
   assert not mask[..., 128:256].any() and mask[..., 256:].any()
+  assert not mask[:, :, 128:256].any() and mask[:, :, 256:].any()
+
+
+@pytest.fixture
+def two_processors(monkeypatch):
+  """A GPU so small that its two CTAs take several tiles each."""
+  from isthmus.pallas.flash import tile
+
+  jax.clear_caches()
+  monkeypatch.setattr(tile, "_PROCESSORS", 2)
+  yield
+  jax.clear_caches()
 
 
 def overflowing(lengths=(256, 256), heads=(2, 1)):
@@ -230,6 +242,22 @@ def test_equals_oracle(name):
     assert lists.full_num.any() and lists.partial_num.any()
   if "empty rows" in name:
     assert not mask.any(-1).all()
+
+
+SEVERAL = {
+  "narrow": CALLS["causal, odd lengths, groups of 3, empty rows"],
+  "sinks, wider values": CALLS["softcap, sinks, wider values"],
+  "lists, 128 columns": dataclasses.replace(
+    CALLS["lists of heads, causal"], widths=(128, 128)
+  ),
+  "an odd number of tiles": Call((300, 130), (3, 1), predicate=Band(60, 0)),
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_tiles_a_cta(name, two_processors):
+  assert equals_oracle(SEVERAL[name]).any()
 
 
 @needs_mosaic
@@ -457,6 +485,12 @@ def test_a_machine_without_hopper_is_refused(monkeypatch):
 @pytest.mark.parametrize("name", [*CALLS, *MORE])
 def test_equals_oracle_on_gpu(name):
   assert equals_oracle({**CALLS, **MORE}[name]).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_tiles_a_cta_on_gpu(name, two_processors):
+  assert equals_oracle(SEVERAL[name]).any()
 
 
 @pytest.mark.gpu

@@ -12,7 +12,13 @@ import pytest
 from isthmus.pallas.flash.lists import Lists, listed
 from isthmus.pallas.flash.mosaic_backward import transposed
 from isthmus.pallas.flash.predicate import Band
-from isthmus.pallas.flash.walk import band_walk, list_walk
+from isthmus.pallas.flash.tile import Plan
+from isthmus.pallas.flash.walk import (
+  band_steps,
+  band_walk,
+  list_walk,
+  query_tile,
+)
 
 pytestmark = pytest.mark.once
 
@@ -117,6 +123,49 @@ def test_band_walk_meets_each_tile_it_has_to_and_no_other(sides, block):
     assert ("nothing", True) in kinds
   if all(sides):
     assert ("empty band", True) in kinds
+
+
+@pytest.mark.parametrize(
+  "t, s, band",
+  [
+    (700, 700, Band(None, 0)),
+    (700, 300, Band(None, 0, -400)),
+    (130, 900, Band(200, 50, 770)),
+    (600, 600, Band(None, None)),
+    (600, 600, Band(-300, 400)),
+    (600, 600, Band(5, -9)),
+  ],
+  ids=str,
+)
+def test_steps_are_the_mean_of_the_walks(t, s, band):
+  walks = [
+    band_walk(row, band, lengths=(t, s), block=(128, 128), ragged=True)
+    for row in range(-(-t // 128))
+  ]
+  want = np.mean([int(walk.total) for walk in walks])
+  assert abs(band_steps(band, (t, s)) - want) <= 0.5 and want < 6
+
+
+def test_tiles_of_queries_are_in_order_of_their_work():
+  """Late rows first along a band; lists say their own order."""
+  batch, heads, rows = 2, 3, 4
+  full = np.random.default_rng(0).random((batch, heads, rows, 5)) < 0.5
+  lists = listed(jnp.asarray(full), block=(128, 128))
+  order = jnp.argsort(-lists.full_num, axis=-1).astype(jnp.int32)
+  lengths = (rows * 128 - 20, 640)
+  band = Plan(lengths, band=Band(None, 0))
+  both = Plan(lengths, lists=lists, order=order)
+  for item in range(batch * heads * rows):
+    pair, place = divmod(item, rows)
+    at = divmod(pair, heads)
+    *found, walk = query_tile(band.arrays(), band, heads, jnp.int32(item))
+    assert tuple(map(int, found)) == (*at, rows - 1 - place)
+    assert int(walk.total) == rows - place
+    *found, walk = query_tile(both.arrays(), both, heads, jnp.int32(item))
+    row = int(order[(*at, place)])
+    assert tuple(map(int, found)) == (*at, row)
+    keys = [int(walk.index(step)) for step in range(int(walk.total))]
+    assert keys == np.flatnonzero(full[(*at, row)]).tolist()
 
 
 @pytest.mark.parametrize(
