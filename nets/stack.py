@@ -1,5 +1,6 @@
 """Depth: one block, many layers."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -257,6 +258,30 @@ def check_stack(
     raise ValueError("two streams need scan=True; scan is False: set it too")
   if cache and mode != "reversible":
     raise ValueError(f"cache is {cache}; mode {mode!r} has nothing to cache")
+
+
+def is_reversible(model: nn.Module) -> bool:
+  """Whether a module, or one in its fields, has the mode "reversible".
+
+  Then its gradients are compiled with
+  `isthmus.nets.reversible.COMPILER_OPTIONS`.
+
+  Example:
+    >>> from isthmus.nets import MlpBlock
+    >>> make = lambda mode: Stack(MlpBlock(16), depth=3, mode=mode)
+    >>> is_reversible(nn.Sequential([make("reversible")]))
+    True
+    >>> is_reversible(make("remat"))
+    False
+  """
+  if getattr(model, "mode", None) == "reversible":
+    return True
+  names = {field.name for field in dataclasses.fields(model)} - {"parent"}
+  is_module = lambda leaf: isinstance(leaf, nn.Module)
+  inner = jax.tree.leaves(
+    [getattr(model, name, None) for name in names], is_leaf=is_module
+  )
+  return any(is_reversible(leaf) for leaf in inner if is_module(leaf))
 
 
 def stack_layers(params: Any) -> Any:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from isthmus.data.loader import Loader
 from isthmus.nets.reversible import COMPILER_OPTIONS
+from isthmus.nets.stack import is_reversible
 from isthmus.train import log, mesh, sequence, stop
 from isthmus.train.ckpt import Checkpointer
 from isthmus.train.config import ConfigError
@@ -106,7 +107,7 @@ class Run:
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
       return new, metrics
 
-    reversible = getattr(job.model, "mode", None) == "reversible"
+    reversible = is_reversible(job.model)
     self.step = jax.jit(
       train_step,
       donate_argnums=0,

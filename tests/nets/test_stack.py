@@ -8,6 +8,8 @@ import pytest
 
 from isthmus.attention import attention
 from isthmus.nets import Stack, stack_layers, unstack_layers
+from isthmus.nets.stack import is_reversible
+from isthmus.nets.vision.unet3d import UNet3D
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 8))
 DEPTH = 3
@@ -337,3 +339,22 @@ def test_two_streams_refused():
   variables = model.init(jax.random.key(0), X)
   with pytest.raises(ValueError, match="has no aux; f returns size"):
     model.apply(variables, X)
+
+
+class Wrapped(nn.Module):
+  """A model that hands its input on to another, or to one of several."""
+
+  net: nn.Module
+  others: tuple[nn.Module, ...] = ()
+
+  def __call__(self, x):
+    return self.net(x)
+
+
+def test_a_reversible_module_is_found_wherever_it_stands():
+  plain, back = make(True, "plain"), make(True, "reversible")
+  assert is_reversible(back) and not is_reversible(plain)
+  assert is_reversible(Wrapped(back)) and not is_reversible(Wrapped(plain))
+  assert is_reversible(Wrapped(plain, (plain, Wrapped(back))))
+  net = UNet3D(classes=2)
+  assert is_reversible(net) and not is_reversible(net.clone(mode="remat"))
