@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -276,7 +276,8 @@ def is_reversible(model: nn.Module) -> bool:
   """
   if getattr(model, "mode", None) == "reversible":
     return True
-  names = {field.name for field in dataclasses.fields(model)} - {"parent"}
+  fields = dataclasses.fields(cast(Any, model))  # a dataclass unlike others
+  names = {field.name for field in fields} - {"parent"}
   is_module = lambda leaf: isinstance(leaf, nn.Module)
   inner = jax.tree.leaves(
     [getattr(model, name, None) for name in names], is_leaf=is_module
