@@ -387,19 +387,23 @@ def launch(body, arrays, *, out_type, scratch, items, threads, name):
 def chunk(items: int, steps: float) -> int:
   """How many items a CTA takes one after the other.
 
-  As few as make a CTA worth its beginning and its end, so that the GPU can
-  still give what is left to whoever is done first.
+  As many as are worth a CTA, or fewer, so that the last round of CTAs leaves
+  next to no processor idle; else one, and the GPU gives whoever is done first
+  what is left.
 
   Args:
     items: how many there are.
     steps: of an item, about.
 
   Example:
-    >>> chunk(4096, 8), chunk(4096, 128), chunk(100, 1)
+    >>> chunk(4096, 8), chunk(4096, 128), chunk(400, 8)
     (8, 1, 1)
   """
-  rounds = math.ceil(items * min(steps, _WORTH) / (_PROCESSORS * _WORTH))
-  return math.ceil(items / (_PROCESSORS * max(1, rounds)))
+  for each in range(int(_WORTH // max(steps, 1)), 1, -1):
+    rounds = math.ceil(math.ceil(items / each) / _PROCESSORS)
+    if rounds * each * _PROCESSORS <= 1.1 * items:
+      return each
+  return 1
 
 
 def each_item(items: int, each: int, function: Callable[..., Any]) -> Any:
