@@ -198,6 +198,22 @@ def check_unlisted():
   assert not mask[:, :, 128:256].any() and mask[:, :, 256:].any()
 
 
+def check_partly_empty():
+  """NaN in queries without keys, of a listed tile in which others have some."""
+  call = Call((256, 256), (1, 1), predicate=Band(None, 0, -64))
+  blocks = jnp.ones((1, 1, 2, 2), bool)
+  lists = restrict(
+    listed(blocks, block=BLOCK), call.predicate, t=256, s=256, num_heads=1
+  )
+  call = dataclasses.replace(call, extras=Extras(lists=lists))
+  (q, k, v), do, _ = call.arrays()
+  hole = (jnp.arange(256) < 64)[None, :, None, None]
+  q, do = jnp.where(hole, jnp.nan, q), jnp.where(hole, jnp.nan, do)
+  mask = equals_oracle(call, call.vjp((q, k, v), do))
+  assert not mask[:, :, :64].any() and mask[:, :, 64:].any(-1).all()
+  assert lists.partial_num.tolist() == [[[1, 2]]]
+
+
 @pytest.fixture
 def two_processors(monkeypatch):
   """A GPU so small that its two CTAs take several tiles each."""
@@ -285,6 +301,11 @@ def test_nan_in_empty_slots_does_not_leak():
 @needs_mosaic
 def test_nan_in_blocks_that_no_list_has_does_not_leak():
   check_unlisted()
+
+
+@needs_mosaic
+def test_nan_in_empty_rows_of_listed_tiles_does_not_leak():
+  check_partly_empty()
 
 
 def test_keys_are_copied_only_where_the_predicate_hides_some():
@@ -514,6 +535,7 @@ def test_several_tiles_a_cta_on_gpu(name, two_processors):
 def test_padding_and_overflow_on_gpu():
   check_padding((1000, 1500), (4, 2))
   check_unlisted()
+  check_partly_empty()
   check_overflow((1024, 1024), (4, 2))
 
 
