@@ -6,6 +6,7 @@ New behaviour enters through a task, an optimiser, a data set or a report.
 import contextlib
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from isthmus.data.loader import Loader
-from isthmus.nets.reversible import COMPILER_OPTIONS
-from isthmus.nets.stack import is_reversible
 from isthmus.train import log, mesh, sequence, stop
 from isthmus.train.ckpt import Checkpointer
 from isthmus.train.config import ConfigError
@@ -45,6 +44,16 @@ def due(step: int, every: int | None, last: int) -> bool:
   if every == 0:
     return False
   return step == last or (every is not None and step % every == 0)
+
+
+def _compiler_options(model):
+  """What the gradient of the model is compiled with besides XLA's defaults."""
+  if "isthmus.nets.reversible" not in sys.modules:
+    return None  # no module of it is; to import it takes a second or more
+  from isthmus.nets import reversible
+  from isthmus.nets.stack import is_reversible
+
+  return reversible.COMPILER_OPTIONS if is_reversible(model) else None
 
 
 class Run:
@@ -107,12 +116,11 @@ class Run:
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
       return new, metrics
 
-    reversible = is_reversible(job.model)
     self.step = jax.jit(
       train_step,
       donate_argnums=0,
       out_shardings=(self.shardings, copied),
-      compiler_options=COMPILER_OPTIONS if reversible else None,
+      compiler_options=_compiler_options(job.model),
     )
     self._evaluate = jax.jit(
       lambda p, m, b: job.task.evaluate(job.model, p, m, b),

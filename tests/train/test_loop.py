@@ -16,6 +16,7 @@ import pytest
 
 from isthmus.data.source import Arrays, ArraySource
 from isthmus.data.text import Text
+from isthmus.nets import reversible
 from isthmus.nets.transformer import Decoder
 from isthmus.train import config, loop
 from isthmus.train.ckpt import restore_params
@@ -261,7 +262,7 @@ def test_evaluation_is_exact_with_a_ragged_batch():
 
 def test_reversible_models_are_compiled_as_their_inverse_needs(monkeypatch):
   """An option that XLA does not know shows which steps get the options."""
-  monkeypatch.setattr(loop, "COMPILER_OPTIONS", {"no_such_option": True})
+  monkeypatch.setattr(reversible, "COMPILER_OPTIONS", {"no_such_option": True})
 
   def compile_step(mode):
     job = config.load("quickstart:smoke")
