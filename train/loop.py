@@ -49,7 +49,7 @@ def due(step: int, every: int | None, last: int) -> bool:
 def _compiler_options(model):
   """What the gradient of the model is compiled with besides XLA's defaults."""
   if "isthmus.nets.reversible" not in sys.modules:
-    return None  # no module of it is; to import it takes a second or more
+    return None  # no module of the model is: a start need not wait for it
   from isthmus.nets import reversible
   from isthmus.nets.stack import is_reversible
 

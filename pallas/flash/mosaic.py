@@ -202,7 +202,7 @@ def _rows_miss(options, extras, t, s):
   """Whether a tile that is walked may hold a row without keys."""
   lists = extras.lists
   if lists is not None and lists.partial is None:
-    return False  # its keys are all the row's, so that none walks to it
+    return False  # listed tiles are seen whole, by each of their rows
   return may_miss(options, extras, t, s)
 
 

@@ -37,7 +37,7 @@ from isthmus.pallas.flash.tile import (
   wgmma,
 )
 from isthmus.pallas.flash.tile import Plan as Plan
-from isthmus.pallas.flash.walk import band_walk, list_walk
+from isthmus.pallas.flash.walk import band_walk, list_walk, query_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +103,8 @@ def backward_queries(q, k, v, do, lse, delta, plan, options, config):
     q_smem2, do_smem2, k_smem, v_smem, *barriers = scratch
     q_full, k_full, v_full, k_free, v_free = barriers
     wg, item = lax.axis_index("wg"), lax.axis_index("item")
-    pair, row = div(item, tiles), tiles - 1 - rem(item, tiles)
-    batch, head = div(pair, n), rem(pair, n)
+    batch, head, row, walk = query_tile(refs, plan, n, item)
     kv_head = div(head, group)
-    if refs["order"] is not None:
-      row = entry(refs["order"], batch, head, rem(item, tiles))
-    if refs["lists"] is None:
-      walk = band_walk(
-        row, plan.band, lengths=(t, s), block=(BLOCK, BLOCK), ragged=True
-      )
-    else:
-      walk = list_walk(refs["lists"], batch, head, row)
     partial, total = walk.partial * split, walk.total * split
 
     def first_key(step):

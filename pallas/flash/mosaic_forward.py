@@ -3,10 +3,12 @@
 Two compute warpgroups own 64 query rows each and share the key tiles that a
 third brings in by TMA, reading their indices along the walk. Where walks are
 short a CTA takes several, and what the next one begins with is loaded while the
-last one ends. The schedule is
-that of FlashAttention-3 (https://arxiv.org/abs/2407.08608): within a warpgroup
-the softmax of a step runs while the values of the step before are being added,
-and with `ping_pong` the two take turns at the tensor cores.
+last one ends.
+
+The schedule is that of FlashAttention-3 (https://arxiv.org/abs/2407.08608):
+within a warpgroup the softmax of a step runs while the values of the step
+before are being added, and with `ping_pong` the two take turns at the tensor
+cores.
 """
 
 import dataclasses
@@ -19,15 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from isthmus.pallas.flash.api import Options as Options
+from isthmus.pallas.flash.items import chunk, each_item
 from isthmus.pallas.flash.tile import (
   BLOCK,
   ROWS,
   accumulate,
   call,
-  chunk,
   div,
   drain,
-  each_item,
   element_mask,
   filled,
   product,

@@ -217,10 +217,10 @@ def check_partly_empty():
 @pytest.fixture
 def two_processors(monkeypatch):
   """A GPU so small that its two CTAs take several tiles each."""
-  from isthmus.pallas.flash import tile
+  from isthmus.pallas.flash import items
 
   jax.clear_caches()
-  monkeypatch.setattr(tile, "_PROCESSORS", 2)
+  monkeypatch.setattr(items, "_PROCESSORS", 2)
   yield
   jax.clear_caches()
 
