@@ -44,29 +44,31 @@ class Stop:
   """
 
   def __init__(self) -> None:
-    self._asked = threading.Event()
+    # Not an Event: one signal may interrupt the handling of another, which an
+    # Event's lock would then wait for.
+    self._asked = False
 
   @property
   def asked(self) -> bool:
     """Whether this process, being the only one, has been asked to stop."""
-    return self._asked.is_set() and jax.process_count() == 1
+    return self._asked and jax.process_count() == 1
 
   def at(self, step: int) -> bool:
     """Whether to stop after step `step`; every process gets one answer."""
     if jax.process_count() == 1:
-      return self._asked.is_set()
+      return self._asked
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)
 
   def handle(self, number: int, frame: FrameType | None) -> None:
     """Notes a signal; a second Ctrl-C aborts, a third doesn't wait for it."""
-    if self._asked.is_set():
+    if self._asked:
       if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
       return
-    self._asked.set()  # before the message: who reads it may press again
+    self._asked = True  # before the message: who reads it may press again
     again = ", again aborts" if number == signal.SIGINT else ""
     text = f"{SIGNALS[number]}: stopping after this step{again}\n"
     # Not print: the handler may have interrupted one. A terminal that has

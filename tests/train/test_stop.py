@@ -1,7 +1,9 @@
 """What stops a run: signals, a full disk, a folder or process that is gone."""
 
 import errno
+import itertools
 import signal
+import sys
 import threading
 
 import jax
@@ -37,6 +39,31 @@ def test_a_second_ctrl_c_aborts_and_a_third_does_not_wait():
     finally:
       assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
   assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.timeout(30)
+def test_a_signal_may_interrupt_the_handling_of_another(capfd):
+  """At each of its lines; one that waited for the other would wait forever."""
+  for line in itertools.count():
+    asked, lines = stop.Stop(), iter(range(line))
+
+    def trace(frame, event, arg, asked=asked, lines=lines):
+      if event == "line" and next(lines, None) is None:
+        sys.settrace(None)
+        asked.handle(signal.SIGTERM, None)
+      return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+      asked.handle(signal.SIGHUP, None)
+    finally:
+      sys.settrace(before)
+    assert asked.asked
+    if next(lines, None) is not None:
+      break  # it has fewer lines
+  assert line > 3
+  assert "SIGTERM: stopping" in capfd.readouterr().err
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch):
