@@ -1,9 +1,8 @@
 """The best of each row on Hopper: a row is read once, and stays in a warp.
 
-A lane holds a few numbers of its warp's row in registers. The bits of floats
-that are not negative rise with their values: the least value kept is found bit
-by bit, by a sum over the row for each, which takes shuffles and no memory. Of a
-row of which only a start may be kept, no more than that is looked at.
+A lane holds neighbours of its warp's row in registers, as bits: those of floats
+that are not negative rise with their values. Of a row of which only a start may
+be kept, no more than that is looked at.
 """
 
 import functools
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int32, Num
 from isthmus.pallas.compat import interpreting
 from isthmus.pallas.hopper import refuse_machine
 from isthmus.pallas.keep.api import Options
-from isthmus.pallas.keep.mosaic_list import EQUAL, LISTED, SURE, write
+from isthmus.pallas.keep.mosaic_list import write
 
 #: The longest row that a warp's registers hold, and what is added at a time.
 MOST, STEP = 4096, 128
@@ -111,12 +110,6 @@ def _rows(x, starts, target, limit, forced, ends, *, weigh):
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
   rows, m = target.shape[0], x.shape[1]
-  layout = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, STEP), (STEP // 32,))),
-    warp_dims=(-3,),
-    lane_dims=(-2,),
-    vector_dim=-1,
-  )
   # How far ROWS rows are looked at.
   need = jnp.max(limit.reshape(-1, ROWS), axis=1)
   widths = sorted({-(-m * i // (PARTS * STEP)) * STEP for i in _SIZES})
@@ -126,7 +119,7 @@ def _rows(x, starts, target, limit, forced, ends, *, weigh):
     item = jax.lax.axis_index("item")
     at = pl.ds(item * ROWS, ROWS)
     zeros = jnp.zeros((ROWS, m), jnp.int32)
-    index_ref[at] = plgpu.layout_cast(zeros, layout)
+    index_ref[at] = plgpu.layout_cast(zeros, _layout(plgpu, STEP))
     for low, width in zip((-1, *widths), widths, strict=False):
 
       @pl.when((need[item] > low) & (need[item] <= width))
@@ -134,7 +127,6 @@ def _rows(x, starts, target, limit, forced, ends, *, weigh):
         start = pl.ds(0, width)
         _settle(
           plgpu,
-          layout,
           weigh,
           x_ref.at[pl.ds(starts[item], ROWS), start],
           [ref.at[at] for ref in row_refs],
@@ -160,10 +152,22 @@ def _rows(x, starts, target, limit, forced, ends, *, weigh):
   )(x, starts, need, target, limit, forced, ends)
 
 
-def _settle(plgpu, layout, weigh, x_ref, row_refs, num_ref, index_ref) -> None:
+def _layout(plgpu: Any, width: int) -> Any:
+  """Of rows of a warpgroup: one a warp, neighbours in a lane, by fours."""
+  lanes, vector = ((ROWS, width), (width // 32,)), (4,)
+  whole = width == STEP  # a lane's part is a vector
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(lanes if whole else (*lanes, vector)),
+    warp_dims=(-3 if whole else -4,),
+    lane_dims=(-2 if whole else -3,),
+    vector_dim=-1,
+  )
+
+
+def _settle(plgpu, weigh, x_ref, row_refs, num_ref, index_ref) -> None:
   """The rows of a warpgroup, as far as the refs go."""
   shape = index_ref.shape
-  bits_of, value_of = _bitcasts(plgpu, shape, layout)
+  layout = _layout(plgpu, shape[1])
 
   def load(ref: Any, layout: Any):
     return plgpu.load(ref, layout=layout, optimized=False)
@@ -175,72 +179,31 @@ def _settle(plgpu, layout, weigh, x_ref, row_refs, num_ref, index_ref) -> None:
     return jnp.where(allowed, z, other)
 
   x = load(x_ref, layout)
-  target, *more = (load(ref, layout.reduce(1)) for ref in row_refs)
-  limit, forced, ends = map(wide, more)
+  target, limit, *more = (load(ref, layout.reduce(1)) for ref in row_refs)
   place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-  allowed = place < limit
+  allowed = place < wide(limit)
   if weigh == "softmax":
     x = within(x, -3e38)
     x = within(jnp.exp2((x - wide(x.max(axis=1))) * _LOG2E), 0.0)
     target = target * x.sum(axis=1)
-  # Those of -0 are a negative number's; those of no candidate reach no bits
-  # that are looked for. Values are the same registers, read as floats.
-  bits = within(jnp.maximum(bits_of(x), 0), -1)
-  weight = value_of(bits)
-  if weigh == "one":
-    weight = plgpu.layout_cast(jnp.ones(shape, jnp.float32), layout)
-
-  def sum_of(these: Any):
-    return jnp.where(these, weight, 0.0).sum(axis=1)
-
-  def enough(least: Any):
-    return sum_of(bits >= wide(least)) >= target
-
-  # What is weighed as a softmax is 1 at most, whose bits are 30.
-  least = _largest(enough, target, 30 if weigh == "softmax" else 31)
-  above, equal = bits > wide(least), bits == wide(least)
-  some = wide(target) > 0
-  code = (
-    jnp.where(equal & some, EQUAL, 0)
-    + jnp.where((above & some) | (place == forced), SURE, 0)
-    + jnp.where(place < ends, LISTED, 0)
-  )
-  have, target = wide(sum_of(above)), wide(target)
-  write(plgpu, layout, code, weight, have, target, num_ref, index_ref)
+  # Those of -0 are a negative number's.
+  bits = within(jnp.maximum(_bits(plgpu, x, layout), 0), -1)
+  count = weigh == "one"
+  write(plgpu, layout, bits, target, *more, num_ref, index_ref, count=count)
 
 
-def _largest(holds: Any, like: Any, bits: int):
-  """The largest number of so many bits that `holds`, by row."""
-
-  def settle(_, carry):
-    least, step = carry
-    more = least + step
-    least = jnp.where(holds(more), more, least)
-    return least, jax.lax.shift_right_logical(step, jnp.int32(1))
-
-  least, step = jnp.zeros_like(like, jnp.int32), jnp.int32(2 ** (bits - 1))
-  return jax.lax.fori_loop(0, bits, settle, (least, step))[0]
-
-
-def _bitcasts(plgpu: Any, shape: tuple[int, int], layout: Any) -> Any:
-  """float32 -> the same bits as int32, and back."""
+def _bits(plgpu: Any, x: Any, layout: Any) -> Any:
+  """float32 -> the same bits as int32."""
   if interpreting():
-    cast = jax.lax.bitcast_convert_type
-    return lambda x: cast(x, jnp.int32), lambda x: cast(x, jnp.float32)
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+  wide = plgpu.ShapeDtypeStruct(x.shape, jnp.int32, layout=layout)
 
-  def into(dtype: Any):
-    wide = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+  @plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)
+  def cast(ctx: Any, x: Any):
+    from jaxlib.mlir import ir
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)
-    def cast(ctx: Any, x: Any):
-      from jaxlib.mlir import ir
+    del ctx
+    integer = ir.IntegerType.get_signless(32)
+    return x.bitcast(integer, output_is_signed=True)
 
-      del ctx
-      if dtype == jnp.int32:
-        integer = ir.IntegerType.get_signless(32)
-        return x.bitcast(integer, output_is_signed=True)
-      return x.bitcast(ir.F32Type.get())
-
-    return cast
-
-  return into(jnp.int32), into(jnp.float32)
+  return cast(x)
