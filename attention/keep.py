@@ -1,12 +1,14 @@
 """Which blocks to keep: the best ones, by mass or by number, as lists.
 
 Each gives (num, index): how many of a row are kept, and which, ascending;
-entries past the number are some index or other.
+entries past the number are some index or other. Arguments of numpy are
+constants of a compiled program, which spends no kernels on them.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
@@ -19,11 +21,11 @@ from isthmus.pallas.keep.api import Options
 
 def keep_count(
   score: Float[Array, "*#lead m"],
-  count: Int32[Array, "*#lead"],
-  limit: Int32[Array, "*#lead"] | None = None,
+  count: Int32[Array | np.ndarray, "*#lead"],
+  limit: Int32[Array | np.ndarray, "*#lead"] | None = None,
   *,
-  ends: Int32[Array, "*#lead"] | None = None,
-  forced: Int32[Array, "*#lead"] | None = None,
+  ends: Int32[Array | np.ndarray, "*#lead"] | None = None,
+  forced: Int32[Array | np.ndarray, "*#lead"] | None = None,
   impl: Any = None,
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:
   """The best `count` of each row, of equal ones the first.
@@ -54,11 +56,11 @@ def keep_count(
 
 def keep_sum(
   score: Float[Array, "*#lead m"],
-  target: Float[Array, "*#lead"],
-  limit: Int32[Array, "*#lead"] | None = None,
+  target: Float[Array | np.ndarray, "*#lead"],
+  limit: Int32[Array | np.ndarray, "*#lead"] | None = None,
   *,
-  ends: Int32[Array, "*#lead"] | None = None,
-  forced: Int32[Array, "*#lead"] | None = None,
+  ends: Int32[Array | np.ndarray, "*#lead"] | None = None,
+  forced: Int32[Array | np.ndarray, "*#lead"] | None = None,
   impl: Any = None,
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:
   """The fewest of each row that sum to `target`, or all.
@@ -80,10 +82,10 @@ def keep_sum(
 def keep_mass(
   score: Float[Array, "*#lead m"],
   threshold: float,
-  limit: Int32[Array, "*#lead"],
+  limit: Int32[Array | np.ndarray, "*#lead"],
   *,
-  ends: Int32[Array, "*#lead"] | None = None,
-  forced: Int32[Array, "*#lead"] | None = None,
+  ends: Int32[Array | np.ndarray, "*#lead"] | None = None,
+  forced: Int32[Array | np.ndarray, "*#lead"] | None = None,
   impl: Any = None,
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:
   """The fewest blocks with `threshold` of the softmax's mass.
@@ -108,14 +110,14 @@ def keep_mass(
   if not 0 < threshold <= 1:
     raise ValueError(f"the threshold is {threshold}, not in (0, 1]")
   # What no sum reaches keeps all.
-  target = jnp.float32(jnp.inf if threshold == 1 else threshold)
+  target = np.asarray(np.inf if threshold == 1 else threshold, np.float32)
   return _keep("softmax", score, target, limit, ends, forced, impl)
 
 
 def _keep(weigh, score, target, limit, ends, forced, impl):
-  limit = jnp.int32(score.shape[-1]) if limit is None else limit
+  limit = np.asarray(score.shape[-1], np.int32) if limit is None else limit
   ends = limit if ends is None else ends
-  forced = jnp.int32(-1) if forced is None else forced
+  forced = np.asarray(-1, np.int32) if forced is None else forced
   options = Options(weigh)
   return KEEP(score, target, limit, forced, ends, options=options, impl=impl)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
@@ -141,7 +142,7 @@ def pbs_select(
     order = key_order(q, k, block=block, segment=segment, scale=scale)
   means = pool_blocks(q, block), pool_blocks(reorder(k, order), block)
   score = block_scores(*means, scale)
-  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  index = np.arange(score.shape[-1], dtype=np.int32)
   per = segment // block
   past = index // per * per  # how many blocks are before its segment
   forced = None
@@ -152,10 +153,10 @@ def pbs_select(
     forced = forced[..., None]
   num, kept = keep_mass(score, threshold, past, forced=forced)
   # Of a query block's own segment, blocks with a key that is not after it.
-  own = past[:, None] + jnp.arange(per, dtype=jnp.int32)
+  own = past[:, None] + np.arange(per, dtype=np.int32)
   earliest = ranges(order, block).low  # [b k m]
-  earliest = jnp.take(earliest, jnp.minimum(own, index[-1]), axis=-1)
-  last = jnp.minimum((index + 1) * block, t)[:, None] - 1
+  earliest = jnp.take(earliest, np.minimum(own, index[-1]), axis=-1)
+  last = np.minimum((index + 1) * block, t)[:, None] - 1
   some, place = compact((earliest <= last) & (own <= index[-1]))
   lists = Lists(
     num,

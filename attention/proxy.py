@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
@@ -93,7 +94,7 @@ def block_budget(
     return jnp.full((q.shape[0], q.shape[2]), blocks, jnp.int32)
   mass = last_mass(q, k, rows=block, block=block, causal=True, scale=scale)
   mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
-  return keep_sum(mass, jnp.float32(gamma))[0]
+  return keep_sum(mass, np.asarray(gamma, np.float32))[0]
 
 
 def proxy_select(
@@ -145,7 +146,7 @@ def proxy_select(
   )
   budget = block_budget(q, k, gamma=gamma, block=block, scale=scale)
   blocks = score.shape[-1]
-  row = jnp.arange(blocks, dtype=jnp.int32)
+  row = np.arange(blocks, dtype=np.int32)
   wanted = -(-budget[..., None] * (row + 1) // blocks)
   wanted = jnp.maximum(wanted, -(-min_tokens // block))
   wanted = wanted.reshape(-1, groups, n // groups, blocks)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from isthmus.attention.block_mask import BlockMask
@@ -133,15 +134,15 @@ def pooled_select(
     )
   scale = q.shape[3] ** -0.5 if scale is None else scale
   score = block_scores(pool_blocks(q, block), pool_blocks(k, block), scale)
-  own = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  forced = jnp.int32(0 if sink else -1)
+  own = np.arange(score.shape[-1], dtype=np.int32)
+  forced = np.asarray(0 if sink else -1, np.int32)
   if threshold is not None:
     kept = keep_mass(score, threshold, own, forced=forced)
   else:
     assert top_k is not None
     # Positive, in the same order: bits are compared.
     least = jnp.min(score, axis=-1, keepdims=True)
-    count = jnp.int32(top_k - 1)
+    count = np.asarray(top_k - 1, np.int32)
     kept = keep_count(score - least, count, own, forced=forced)
   return causal_mask(*kept, block=block, length=t)
 
@@ -234,11 +235,11 @@ def antidiagonal_select(
   score = tile_softmax(
     q, k, side=block // stride, reduce="sum", scale=scale / stride
   )
-  own = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  own = np.arange(score.shape[-1], dtype=np.int32)
   target = jnp.float32(jnp.inf)
   if threshold < 1:
     target = threshold * jnp.sum(score, axis=-1)
-  forced = jnp.int32(0 if sink else -1)
+  forced = np.asarray(0 if sink else -1, np.int32)
   kept = keep_sum(score, target, own + 1, ends=own, forced=forced)
   return causal_mask(*kept, block=block, length=t)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, Num
 
 from isthmus.pallas.compat import interpreting
@@ -28,10 +29,10 @@ _LOG2E = math.log2(math.e)
 
 def keep(
   x: Float[Array, "*#lead m"],
-  target: Num[Array, "*#lead"],
-  limit: Int32[Array, "*#lead"],
-  forced: Int32[Array, "*#lead"],
-  ends: Int32[Array, "*#lead"],
+  target: Num[Array | np.ndarray, "*#lead"],
+  limit: Int32[Array | np.ndarray, "*#lead"],
+  forced: Int32[Array | np.ndarray, "*#lead"],
+  ends: Int32[Array | np.ndarray, "*#lead"],
   *,
   options: Options,
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:
@@ -44,8 +45,9 @@ def keep(
     >>> [found.shape for found in jax.eval_shape(run, x)]
     [(2, 8), (2, 8, 300)]
   """
-  given = target, limit, forced, jnp.minimum(ends, limit)
   m, own = x.shape[-1], x.shape[:-1]
+  limit = _least(limit, m)
+  given = target, limit, forced, _least(ends, limit)
   lead = jnp.broadcast_shapes(own, *map(jnp.shape, given))
   rows = math.prod(lead)
   if own != lead and (own[-1:] != lead[-1:] or lead[-1] % ROWS):
@@ -53,19 +55,21 @@ def keep(
     x, own = jnp.broadcast_to(x, (*lead, m)), lead
 
   def flat(z, dtype=jnp.int32):
-    z = jnp.broadcast_to(z, lead).reshape(-1).astype(dtype)
-    return jnp.pad(z, (0, -rows % ROWS))
+    space = _space(z)
+    z = space.broadcast_to(z, lead).reshape(-1).astype(dtype)
+    return space.pad(z, (0, -rows % ROWS))
 
   x = x.reshape(-1, m).astype(jnp.float32)
   x = jnp.pad(x, ((0, -x.shape[0] % ROWS), (0, -m % STEP)))
-  starts = jnp.arange(math.prod(own), dtype=jnp.int32).reshape(own)
+  starts = np.arange(math.prod(own), dtype=np.int32).reshape(own)
+  limits = flat(limit)
   num, index = _rows(
     x,
     flat(starts)[::ROWS],
+    limits.reshape(-1, ROWS).max(axis=1),
     flat(target, jnp.float32),
-    flat(jnp.minimum(limit, m)),
-    flat(forced),
-    flat(given[3]),
+    limits,
+    *map(flat, given[2:]),
     weigh=options.weigh,
   )
   return num[:rows].reshape(lead), index[:rows, :m].reshape(*lead, m)
@@ -93,12 +97,13 @@ def refuse(x: Any, *_: Any, options: Options) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="weigh")  # lowered once a model
-def _rows(x, starts, target, limit, forced, ends, *, weigh):
+def _rows(x, starts, need, target, limit, forced, ends, *, weigh):
   """(num, index) of rows, see `keep`.
 
   Args:
     x: float32 [r m]; r is a multiple of ROWS, m of STEP.
     starts: int32 [rows / ROWS], the first of ROWS rows of x.
+    need: int32 [rows / ROWS], how far ROWS rows are looked at.
     target: float32 [rows], a multiple of ROWS.
     limit, forced, ends: int32 [rows].
     weigh: of `Options`.
@@ -110,8 +115,6 @@ def _rows(x, starts, target, limit, forced, ends, *, weigh):
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
   rows, m = target.shape[0], x.shape[1]
-  # How far ROWS rows are looked at.
-  need = jnp.max(limit.reshape(-1, ROWS), axis=1)
   widths = sorted({-(-m * i // (PARTS * STEP)) * STEP for i in _SIZES})
 
   def body(x_ref: Any, starts: Any, need: Any, *refs: Any):
@@ -150,6 +153,16 @@ def _rows(x, starts, target, limit, forced, ends, *, weigh):
       unsafe_no_auto_barriers=True,
     ),
   )(x, starts, need, target, limit, forced, ends)
+
+
+def _space(*arrays: Any) -> Any:
+  """numpy for arrays of numpy, which stay constants, or jax.numpy."""
+  constants = (np.ndarray, np.generic, int)
+  return np if all(isinstance(x, constants) for x in arrays) else jnp
+
+
+def _least(a: Any, b: Any) -> Any:
+  return _space(a, b).minimum(a, b)
 
 
 def _layout(plgpu: Any, width: int) -> Any:

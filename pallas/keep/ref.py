@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Num
 
 from isthmus.pallas.flash.lists import compact
@@ -22,8 +23,8 @@ _BITS = 3
 
 def kept(
   x: Float[Array, "*#lead m"],
-  target: Num[Array, "*#lead"],
-  limit: Int32[Array, "*#lead"],
+  target: Num[Array | np.ndarray, "*#lead"],
+  limit: Int32[Array | np.ndarray, "*#lead"],
   *,
   options: Options,
 ) -> Bool[Array, "*lead m"]:
@@ -89,10 +90,10 @@ def kept(
 
 def keep(
   x: Float[Array, "*#lead m"],
-  target: Num[Array, "*#lead"],
-  limit: Int32[Array, "*#lead"],
-  forced: Int32[Array, "*#lead"],
-  ends: Int32[Array, "*#lead"],
+  target: Num[Array | np.ndarray, "*#lead"],
+  limit: Int32[Array | np.ndarray, "*#lead"],
+  forced: Int32[Array | np.ndarray, "*#lead"],
+  ends: Int32[Array | np.ndarray, "*#lead"],
   *,
   options: Options,
 ) -> tuple[Int32[Array, "*lead"], Int32[Array, "*lead m"]]:

@@ -81,6 +81,17 @@ def test_layers_alike_are_lowered_once():
   assert len(re.findall(r"custom_call @\w*mosaic_gpu\w*", text)) == 1
 
 
+@needs_mosaic
+def test_arguments_of_numpy_stay_constants():
+  x = jax.ShapeDtypeStruct((2, 8, 256), jnp.float32)
+  run = lambda x, *a: mosaic.keep(x, *a, options=Options("one"))
+  args = [np.full(8, 3, np.int32)] * 4
+  traced = jax.make_jaxpr(run)(x, *map(jnp.asarray, args)).eqns
+  known = jax.make_jaxpr(lambda x: run(x, *args))(x).eqns
+  made = lambda eqns: [y.aval.shape for e in eqns for y in e.outvars]
+  assert (16,) in made(traced[:-3]) and (16,) not in made(known[:-3])
+
+
 @pytest.mark.once
 @needs_mosaic
 @pytest.mark.parametrize(
