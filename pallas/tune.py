@@ -91,7 +91,7 @@ def candidates(widths: Iterable[int]) -> list[Candidate]:
   from isthmus.pallas.flash.mosaic_forward import ForwardConfig
 
   blocks = (128, 64)
-  forward = itertools.product(blocks, (2, 4), (True, False))
+  forward = itertools.product(blocks, (2, 4), (True, False), (2, 3))
   backward = [BackwardConfig(*x) for x in itertools.product(blocks, (1, 2, 4))]
   tried = {
     "forward": [ForwardConfig(*x) for x in forward],
@@ -101,7 +101,12 @@ def candidates(widths: Iterable[int]) -> list[Candidate]:
   found = []
   for width, (which, configs) in itertools.product(widths, tried.items()):
     first = getattr(guess(width), which)
-    rest = [config for config in configs if config != first]
+    rest = [
+      config
+      for config in configs
+      # Sums of wider values don't fit into a third warpgroup's registers.
+      if config != first and (width <= 64 or getattr(config, "groups", 2) == 2)
+    ]
     found += [Candidate(width, which, config) for config in (first, *rest)]
   return found
 

@@ -20,6 +20,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
   "block": (64, 128),
   "stages": (1, 2, 4),
   "ping_pong": (True, False),
+  "groups": (2, 3),
 }
 
 _Config = TypeVar("_Config", ForwardConfig, BackwardConfig)
@@ -51,7 +52,7 @@ def configs(width: int, value_width: int) -> Configs:
 
   Example:
     >>> configs(64, 128).forward  # on a CPU, which has no table
-    ForwardConfig(block_k=128, stages=2, ping_pong=True)
+    ForwardConfig(block_k=128, stages=2, ping_pong=True, groups=2)
   """
   return _configs(table.device_kind(), table.cached(), max(width, value_width))
 
@@ -91,10 +92,13 @@ def parse(entry: Any, where: str) -> Configs:
 
   Example:
     >>> backward = {"block": 64, "stages": 2}
-    >>> forward = {"block_k": 64, "stages": 4, "ping_pong": False}
+    >>> forward = {
+    ...   **{"block_k": 64, "stages": 4},
+    ...   **{"ping_pong": False, "groups": 2},
+    ... }
     >>> entry = {"forward": forward, "queries": backward, "keys": backward}
     >>> parse(entry, "flash.json: best.64").forward
-    ForwardConfig(block_k=64, stages=4, ping_pong=False)
+    ForwardConfig(block_k=64, stages=4, ping_pong=False, groups=2)
   """
   names = tuple(field.name for field in dataclasses.fields(Configs))
   _check_names(entry, names, where)

@@ -54,15 +54,18 @@ class ForwardConfig:
     block_k: keys of a step; divides BLOCK.
     stages: steps whose keys and values are in flight.
     ping_pong: whether the warpgroups take turns at the tensor cores.
+    groups: compute warpgroups, of 64 rows each, where there are no lists;
+      theirs are of tiles for two. Three have 160 registers a thread.
 
   Example:
     >>> ForwardConfig(stages=4)
-    ForwardConfig(block_k=128, stages=4, ping_pong=True)
+    ForwardConfig(block_k=128, stages=4, ping_pong=True, groups=2)
   """
 
   block_k: int = 128
   stages: int = 2
   ping_pong: bool = True
+  groups: int = GROUPS
 
 
 def forward(q, k, v, plan, options, config):
@@ -86,7 +89,9 @@ def forward(q, k, v, plan, options, config):
   t, s = plan.lengths
   group, dtype = n // heads, q.dtype
   block_k, stages = config.block_k, config.stages
-  tiles, split = pl.cdiv(t, BLOCK), BLOCK // block_k
+  groups = config.groups if plan.lists is None else GROUPS
+  side = groups * ROWS  # queries of a tile
+  tiles, split = pl.cdiv(t, side), BLOCK // block_k
   softcap, predicate = options.softcap, options.predicate
   factor = (options.scale if softcap is None else softcap) * LOG2E
   length = s if s % BLOCK else None
@@ -95,6 +100,7 @@ def forward(q, k, v, plan, options, config):
 
   items = b * n * tiles
   each = chunk(items, plan.steps) if max(d, dv) <= 128 else 1
+  registers = {2: (240, 24), 3: (160, 32)}[groups]  # to compute, to load
   # Else the outputs leave through the memory of the queries.
   staged = each > 1 or d != dv
 
@@ -116,17 +122,17 @@ def forward(q, k, v, plan, options, config):
 
     def pass_turn(wg):
       if config.ping_pong:
-        plgpu.barrier_arrive(turn.at[1 - wg])
+        plgpu.barrier_arrive(turn.at[rem(wg + 1, groups)])
 
     q_smem, lse_smem = q_smem2.at[wg], lse_smem2.at[wg]
     o_smem = o_smem2.at[wg] if staged else q_smem
 
     def attend(i, item, done):
-      batch, head, row, walk = query_tile(refs, plan, n, item)
+      batch, head, row, walk = query_tile(refs, plan, n, item, side)
       kv_head = div(head, group)
       partial, total = walk.partial * split, steps_of(walk)
       none = walk.total == 0
-      base = row * BLOCK + wg * ROWS
+      base = row * side + wg * ROWS
       plgpu.barrier_wait(q_full)
 
       def seen_of(step):
@@ -233,13 +239,13 @@ def forward(q, k, v, plan, options, config):
       return done + total
 
     def load(i, item, done):
-      batch, head, row, walk = query_tile(refs, plan, n, item)
+      batch, head, row, walk = query_tile(refs, plan, n, item, side)
       kv_head, total = div(head, group), steps_of(walk)
 
       def queries():
         pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
-        for part in range(GROUPS):
-          span = pl.ds(row * BLOCK + part * ROWS, ROWS)
+        for part in range(groups):
+          span = pl.ds(row * side + part * ROWS, ROWS)
           q_tile = q_ref.at[batch, span, head]
           plgpu.copy_gmem_to_smem(q_tile, q_smem2.at[part], q_full)
 
@@ -262,17 +268,17 @@ def forward(q, k, v, plan, options, config):
       pl.when(total < stages)(queries)
       return done + total
 
-    @pl.when(wg < GROUPS)
+    @pl.when(wg < groups)
     def _compute():
-      plgpu.set_max_registers(240, action="increase")
-      pl.when(wg == 1)(lambda: pass_turn(wg))
+      plgpu.set_max_registers(registers[0], action="increase")
+      pl.when(wg == groups - 1)(lambda: pass_turn(wg))
       each_item(items, each, attend)
       plgpu.wait_smem_to_gmem(0)
       pl.when(wg == 0)(lambda: take_turn(wg))
 
-    @pl.when(wg == GROUPS)
+    @pl.when(wg == groups)
     def _load():
-      plgpu.set_max_registers(24, action="decrease")
+      plgpu.set_max_registers(registers[1], action="decrease")
       total = each_item(items, each, load)
       drain(total, stages, k_free, v_free)
       plgpu.barrier_wait(q_free)
@@ -283,23 +289,23 @@ def forward(q, k, v, plan, options, config):
     plan,
     out_type=(
       jax.ShapeDtypeStruct((*q.shape[:3], dv), dtype),
-      jax.ShapeDtypeStruct((b, n, tiles * BLOCK), jnp.float32),
+      jax.ShapeDtypeStruct((b, n, tiles * side), jnp.float32),
     ),
     scratch=(
-      tiled((GROUPS, ROWS, d), dtype),
+      tiled((groups, ROWS, d), dtype),
       tiled((stages, block_k, d), dtype),
       tiled((stages, block_k, dv), dtype),
-      tiled((GROUPS, ROWS, dv), dtype) if staged else (),
-      plgpu.SMEM((GROUPS, ROWS), jnp.float32),
-      plgpu.Barrier(num_arrivals=GROUPS),
-      plgpu.Barrier(num_arrivals=GROUPS),
+      tiled((groups, ROWS, dv), dtype) if staged else (),
+      plgpu.SMEM((groups, ROWS), jnp.float32),
+      plgpu.Barrier(num_arrivals=groups),
+      plgpu.Barrier(num_arrivals=groups),
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_barriers=stages),
-      plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
-      plgpu.Barrier(num_barriers=GROUPS),
+      plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+      plgpu.Barrier(num_barriers=groups),
     ),
     items=pl.cdiv(items, each),
-    threads=GROUPS + 1,
+    threads=groups + 1,
     name="flash_forward",
   )

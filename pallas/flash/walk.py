@@ -107,7 +107,9 @@ def band_steps(band: Band, lengths: tuple[int, int]) -> float:
   return float(np.maximum(last - first + 1, 0).mean())
 
 
-def query_tile(refs: Any, plan: Any, heads: int, item: Any):
+def query_tile(
+  refs: Any, plan: Any, heads: int, item: Any, side: int = BLOCK
+) -> tuple[Any, Any, Any, Walk]:
   """(batch, head, row, walk): the tile of queries that an item is.
 
   Args:
@@ -115,6 +117,7 @@ def query_tile(refs: Any, plan: Any, heads: int, item: Any):
     plan: a `Plan`, for what is static.
     heads: of queries.
     item: in batches x heads x rows of tiles.
+    side: queries of a tile; BLOCK where there are lists.
 
   Example:
     >>> from isthmus.pallas.flash.tile import Plan
@@ -124,7 +127,7 @@ def query_tile(refs: Any, plan: Any, heads: int, item: Any):
     [1, 0, 0]
   """
   t, s = plan.lengths
-  tiles = -(-t // BLOCK)
+  tiles = -(-t // side)
   pair, place = div(item, tiles), rem(item, tiles)
   batch, head = div(pair, heads), rem(pair, heads)
   row = tiles - 1 - place
@@ -132,7 +135,7 @@ def query_tile(refs: Any, plan: Any, heads: int, item: Any):
     row = entry(refs["order"], batch, head, place)
   if refs["lists"] is not None:
     return batch, head, row, list_walk(refs["lists"], batch, head, row)
-  block = (BLOCK, BLOCK)
+  block = (side, BLOCK)
   walk = band_walk(row, plan.band, lengths=(t, s), block=block, ragged=True)
   return batch, head, row, walk
 
