@@ -84,30 +84,27 @@ def candidates(widths: Iterable[int]) -> list[Candidate]:
   Example:
     >>> found = candidates((128,))
     >>> len(found), str(found[0])
-    (20, '128 forward 128, 2, True')
+    (20, '128 forward 128, 2, True, 2')
   """
-  from isthmus.pallas.flash.configs import guess
+  from isthmus.pallas.flash.configs import allowed, guess
   from isthmus.pallas.flash.mosaic_backward import BackwardConfig
   from isthmus.pallas.flash.mosaic_forward import ForwardConfig
 
-  blocks = (128, 64)
-  forward = itertools.product(blocks, (2, 4), (True, False), (2, 3))
-  backward = [BackwardConfig(*x) for x in itertools.product(blocks, (1, 2, 4))]
-  tried = {
-    "forward": [ForwardConfig(*x) for x in forward],
-    "queries": backward,
-    "keys": backward,
-  }
+  blocks, product = (128, 64), itertools.product
+  backward = [BackwardConfig(*x) for x in product(blocks, (1, 2, 4))]
   found = []
-  for width, (which, configs) in itertools.product(widths, tried.items()):
-    first = getattr(guess(width), which)
-    rest = [
-      config
-      for config in configs
-      # Sums of wider values don't fit into a third warpgroup's registers.
-      if config != first and (width <= 64 or getattr(config, "groups", 2) == 2)
-    ]
-    found += [Candidate(width, which, config) for config in (first, *rest)]
+  for width in widths:
+    groups = allowed(width)["groups"]
+    forward = product(blocks, (2, 4), (True, False), groups)
+    tried = {
+      "forward": [ForwardConfig(*x) for x in forward],
+      "queries": backward,
+      "keys": backward,
+    }
+    for which, configs in tried.items():
+      first = getattr(guess(width), which)
+      rest = [config for config in configs if config != first]
+      found += [Candidate(width, which, config) for config in (first, *rest)]
   return found
 
 

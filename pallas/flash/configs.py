@@ -13,16 +13,6 @@ from isthmus.pallas import table
 from isthmus.pallas.flash.mosaic_backward import BackwardConfig
 from isthmus.pallas.flash.mosaic_forward import ForwardConfig
 
-#: Values of each field that the kernels take. Stages are powers of two, for a
-#: remainder by 3 is slow.
-ALLOWED: dict[str, tuple[Any, ...]] = {
-  "block_k": (64, 128),
-  "block": (64, 128),
-  "stages": (1, 2, 4),
-  "ping_pong": (True, False),
-  "groups": (2, 3),
-}
-
 _Config = TypeVar("_Config", ForwardConfig, BackwardConfig)
 
 
@@ -38,6 +28,28 @@ class Configs:
   forward: ForwardConfig = ForwardConfig()
   queries: BackwardConfig = BackwardConfig(64, 4)
   keys: BackwardConfig = BackwardConfig(64, 4)
+
+
+def allowed(width: int) -> dict[str, tuple[Any, ...]]:
+  """Values of each field that the kernels take.
+
+  Stages are powers of two, for a remainder by 3 is slow. Sums of values wider
+  than 64 don't fit into the registers of three warpgroups.
+
+  Args:
+    width: of heads, the wider of queries' and values'.
+
+  Example:
+    >>> allowed(64)["groups"], allowed(128)["groups"]
+    ((2, 3), (2,))
+  """
+  return {
+    "block_k": (64, 128),
+    "block": (64, 128),
+    "stages": (1, 2, 4),
+    "ping_pong": (True, False),
+    "groups": (2, 3) if width <= 64 else (2,),
+  }
 
 
 def configs(width: int, value_width: int) -> Configs:
@@ -62,7 +74,7 @@ def _configs(kind: str, _cached: pathlib.Path, width: int) -> Configs:
   """Of the first table that names the width; files are read once."""
   for file, best in table.find(kind, "flash"):
     if str(width) in best:
-      return parse(best[str(width)], f"{file}: best.{width}")
+      return parse(best[str(width)], width, f"{file}: best.{width}")
   return guess(width)
 
 
@@ -72,19 +84,22 @@ def guess(width: int) -> Configs:
   Example:
     >>> guess(128).keys, guess(256).keys
     (BackwardConfig(block=64, stages=4), BackwardConfig(block=64, stages=1))
+    >>> guess(64).forward
+    ForwardConfig(block_k=128, stages=2, ping_pong=True, groups=3)
   """
   if width > 128:
     return Configs(
       ForwardConfig(64, 2), BackwardConfig(64, 1), BackwardConfig(64, 1)
     )
-  return Configs()
+  return Configs(ForwardConfig(groups=max(allowed(width)["groups"])))
 
 
-def parse(entry: Any, where: str) -> Configs:
+def parse(entry: Any, width: int, where: str) -> Configs:
   """Configs out of a table.
 
   Args:
     entry: {"forward": {"block_k": 128, ...}, "queries": ..., "keys": ...}.
+    width: of heads, that the entry is for.
     where: file and field, for errors.
 
   Raises:
@@ -93,29 +108,34 @@ def parse(entry: Any, where: str) -> Configs:
   Example:
     >>> backward = {"block": 64, "stages": 2}
     >>> forward = {
-    ...   **{"block_k": 64, "stages": 4},
-    ...   **{"ping_pong": False, "groups": 2},
+    ...   "block_k": 64,
+    ...   "stages": 4,
+    ...   "ping_pong": False,
+    ...   "groups": 3,
     ... }
     >>> entry = {"forward": forward, "queries": backward, "keys": backward}
-    >>> parse(entry, "flash.json: best.64").forward
-    ForwardConfig(block_k=64, stages=4, ping_pong=False, groups=2)
+    >>> parse(entry, 64, "flash.json: best.64").forward
+    ForwardConfig(block_k=64, stages=4, ping_pong=False, groups=3)
+    >>> parse(entry, 128, "flash.json: best.128")
+    Traceback (most recent call last):
+    ValueError: flash.json: best.128.forward.groups is 3, not one of (2,)
   """
   names = tuple(field.name for field in dataclasses.fields(Configs))
   _check_names(entry, names, where)
   return Configs(
-    forward=_parse(ForwardConfig, entry["forward"], f"{where}.forward"),
-    queries=_parse(BackwardConfig, entry["queries"], f"{where}.queries"),
-    keys=_parse(BackwardConfig, entry["keys"], f"{where}.keys"),
+    forward=_parse(ForwardConfig, entry["forward"], width, f"{where}.forward"),
+    queries=_parse(BackwardConfig, entry["queries"], width, f"{where}.queries"),
+    keys=_parse(BackwardConfig, entry["keys"], width, f"{where}.keys"),
   )
 
 
-def _parse(cls: type[_Config], entry: Any, where: str) -> _Config:
+def _parse(cls: type[_Config], entry: Any, width: int, where: str) -> _Config:
   names = tuple(field.name for field in dataclasses.fields(cls))
   _check_names(entry, names, where)
   for name in names:
-    allowed, value = ALLOWED[name], entry[name]
-    if type(value) is not type(allowed[0]) or value not in allowed:
-      raise ValueError(f"{where}.{name} is {value!r}, not one of {allowed}")
+    taken, value = allowed(width)[name], entry[name]
+    if type(value) is not type(taken[0]) or value not in taken:
+      raise ValueError(f"{where}.{name} is {value!r}, not one of {taken}")
   return cls(**entry)
 
 

@@ -15,6 +15,16 @@ _PROCESSORS = 132
 _WORTH = 64
 
 
+def rounds(ctas: int) -> int:
+  """How many of them a processor takes, one after the other.
+
+  Example:
+    >>> rounds(132), rounds(133)
+    (1, 2)
+  """
+  return math.ceil(ctas / _PROCESSORS)
+
+
 def chunk(items: int, steps: float) -> int:
   """How many items a CTA takes one after the other.
 
@@ -31,8 +41,8 @@ def chunk(items: int, steps: float) -> int:
     (8, 1, 1)
   """
   for each in range(int(_WORTH // max(steps, 1)), 1, -1):
-    rounds = math.ceil(math.ceil(items / each) / _PROCESSORS)
-    if rounds * each * _PROCESSORS <= 1.1 * items:
+    slots = rounds(math.ceil(items / each)) * each * _PROCESSORS
+    if slots <= 1.1 * items:
       return each
   return 1
 

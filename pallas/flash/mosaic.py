@@ -22,7 +22,7 @@ from isthmus.pallas.flash.predicate import Band
 from isthmus.pallas.flash.ref import LSE, OUT, may_miss
 from isthmus.pallas.hopper import WIDTHS, refuse_machine
 
-#: Tokens of a tile, of queries and of keys; `tile.BLOCK`, which can't be
+#: Tokens of a listed tile, of queries and of keys; `tile.BLOCK`, which can't be
 #: imported where jax has no Mosaic GPU.
 BLOCK = 128
 # Tiles that a list of tiles is taken to name, if it has room for more: how many
@@ -162,13 +162,14 @@ _LOG2E = 1.4426950408889634
 # they are traced and lowered once, which takes seconds, not once a layer.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _walk(options, config, q, k, v, sinks, extras):
-  from isthmus.pallas.flash.mosaic_forward import forward
+  from isthmus.pallas.flash.mosaic_forward import fitted, forward
 
+  (b, t, n, _), config = q.shape, config.forward
   k, v = _clean_keys(options, q, k, v, extras)
   plan = _plan(options, q, k, extras, sinks)
   arrays = (_even(x) for x in (q, k, v))
-  o, lse = forward(*arrays, plan, options, config.forward)
-  return o[:, : q.shape[1]], lse[..., : q.shape[1]]
+  o, lse = forward(*arrays, plan, options, fitted(config, b * n, t))
+  return o[:, :t], lse[..., :t]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

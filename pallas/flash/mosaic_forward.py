@@ -1,13 +1,13 @@
 """Forward attention for sm_90 in Pallas Mosaic GPU.
 
-Two compute warpgroups own 64 query rows each and share the key tiles that a
-third brings in by TMA, reading their indices along the walk. Where walks are
-short a CTA takes several, and what the next one begins with is loaded while the
-last one ends.
+Two or three compute warpgroups own 64 query rows each and share the key tiles
+that one more brings in by TMA, reading their indices along the walk. Where
+walks are short a CTA takes several, and what the next one begins with is loaded
+while the last one ends.
 
 The schedule is that of FlashAttention-3 (https://arxiv.org/abs/2407.08608):
 within a warpgroup the softmax of a step runs while the values of the step
-before are being added, and with `ping_pong` the two take turns at the tensor
+before are being added, and with `ping_pong` they take turns at the tensor
 cores.
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from isthmus.pallas.flash.api import Options as Options
-from isthmus.pallas.flash.items import chunk, each_item
+from isthmus.pallas.flash.items import chunk, each_item, rounds
 from isthmus.pallas.flash.tile import (
   BLOCK,
   ROWS,
@@ -43,7 +43,9 @@ from isthmus.pallas.flash.tile import Plan as Plan
 from isthmus.pallas.flash.walk import query_tile
 
 LOG2E = math.log2(math.e)
-GROUPS = BLOCK // ROWS  # compute warpgroups
+GROUPS = BLOCK // ROWS  # compute warpgroups of a listed tile
+# Of a thread that computes and of one that loads, by compute warpgroups.
+_REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,8 @@ class ForwardConfig:
     block_k: keys of a step; divides BLOCK.
     stages: steps whose keys and values are in flight.
     ping_pong: whether the warpgroups take turns at the tensor cores.
-    groups: compute warpgroups, of 64 rows each, where there are no lists;
-      theirs are of tiles for two. Three have 160 registers a thread.
+    groups: compute warpgroups, of ROWS queries each; along lists, whose tiles
+      are for two, there are two. Three have registers for heads up to 64.
 
   Example:
     >>> ForwardConfig(stages=4)
@@ -66,6 +68,26 @@ class ForwardConfig:
   stages: int = 2
   ping_pong: bool = True
   groups: int = GROUPS
+
+
+def fitted(config: ForwardConfig, pairs: int, t: int) -> ForwardConfig:
+  """The config, with two warpgroups unless more take fewer rounds of CTAs.
+
+  One CTA of three takes longer, and more of the last tile is past the end.
+
+  Args:
+    config: whose `groups` may be too many.
+    pairs: batches x heads.
+    t: queries.
+
+  Example:
+    >>> three = ForwardConfig(groups=3)
+    >>> [fitted(three, 16, t).groups for t in (128, 1024, 8192)]
+    [2, 2, 3]
+  """
+  of = lambda groups: rounds(pairs * pl.cdiv(t, groups * ROWS))
+  fewer = of(config.groups) < of(GROUPS)
+  return config if fewer else dataclasses.replace(config, groups=GROUPS)
 
 
 def forward(q, k, v, plan, options, config):
@@ -100,7 +122,7 @@ def forward(q, k, v, plan, options, config):
 
   items = b * n * tiles
   each = chunk(items, plan.steps) if max(d, dv) <= 128 else 1
-  registers = {2: (240, 24), 3: (160, 32)}[groups]  # to compute, to load
+  registers = _REGISTERS[groups]
   # Else the outputs leave through the memory of the queries.
   staged = each > 1 or d != dv
 

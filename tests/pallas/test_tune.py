@@ -11,7 +11,7 @@ from isthmus.pallas.compat import has_mosaic
 if not has_mosaic():
   pytest.skip("needs jax 0.11", allow_module_level=True)
 
-from isthmus.pallas.flash.configs import ALLOWED, guess, parse
+from isthmus.pallas.flash.configs import allowed, guess, parse
 from isthmus.pallas.flash.mosaic_backward import BackwardConfig
 
 pytestmark = pytest.mark.once
@@ -40,10 +40,12 @@ def test_candidates_begin_with_the_rule_of_thumb_and_are_allowed():
       assert mine[0].config == getattr(guess(width), which)
       for candidate in mine:
         for name, value in dataclasses.asdict(candidate.config).items():
-          assert value in ALLOWED[name]
+          assert value in allowed(width)[name]
   assert {c.config for c in found if c.which == "queries"} == {
     BackwardConfig(block, stages) for block in (64, 128) for stages in (1, 2, 4)
   }
+  groups = {(c.width, c.config.groups) for c in found if c.which == "forward"}
+  assert groups == {(64, 2), (64, 3), (256, 2)}
 
 
 def test_the_fastest_is_found_and_failures_are_recorded():
@@ -60,7 +62,7 @@ def test_the_fastest_is_found_and_failures_are_recorded():
   assert best["64"]["forward"]["stages"] == 2
   assert best["256"]["keys"] == {"block": 64, "stages": 1}
   for width, entry in best.items():
-    parse(entry, width)
+    parse(entry, int(width), width)
 
 
 def test_a_margin_keeps_the_rule_of_thumb():

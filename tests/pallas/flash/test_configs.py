@@ -1,6 +1,7 @@
 """Which configs a call gets: of a table, or by the rule of thumb."""
 
 import copy
+import dataclasses
 import json
 
 import jax
@@ -21,7 +22,7 @@ from tests.pallas.flash.hopper import Call, lowered, shapes
 pytestmark = pytest.mark.once
 
 ENTRY = {
-  "forward": {"block_k": 64, "stages": 4, "ping_pong": False},
+  "forward": {"block_k": 64, "stages": 4, "ping_pong": False, "groups": 2},
   "queries": {"block": 128, "stages": 1},
   "keys": {"block": 64, "stages": 2},
 }
@@ -50,12 +51,12 @@ def write(folder, best):
 def test_rule_of_thumb_without_a_table(files):
   for width in (64, 128, 192, 256):
     assert configs(width, 64) == guess(width)
-  assert guess(128) != guess(192) == guess(256)
+  assert guess(64) != guess(128) != guess(192) == guess(256)
 
 
 def test_the_wider_of_both_widths_is_looked_up(files):
   files[0]({"128": ENTRY})
-  found = parse(ENTRY, "")
+  found = parse(ENTRY, 128, "")
   assert found.forward == ForwardConfig(64, 4, ping_pong=False)
   assert found.queries == BackwardConfig(128, 1)
   assert found.keys == BackwardConfig(64, 2)
@@ -69,15 +70,15 @@ def test_the_users_table_overrides_the_widths_it_has(files):
   other["keys"]["stages"] = 1
   files[0]({"64": ENTRY, "128": ENTRY})
   files[1]({"64": other})
-  assert configs(64, 64) == parse(other, "") != parse(ENTRY, "")
-  assert configs(128, 128) == parse(ENTRY, "")
+  assert configs(64, 64) == parse(other, 64, "") != parse(ENTRY, 64, "")
+  assert configs(128, 128) == parse(ENTRY, 128, "")
 
 
 def test_files_are_read_once(files):
   file = files[0]({"64": ENTRY})
-  assert configs(64, 64) == parse(ENTRY, "")
+  assert configs(64, 64) == parse(ENTRY, 64, "")
   file.unlink()
-  assert configs(64, 64) == parse(ENTRY, "")
+  assert configs(64, 64) == parse(ENTRY, 64, "")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,8 @@ def test_files_are_read_once(files):
   [
     (("forward", "block_k"), 96, ".forward.block_k is 96, not one of (64, "),
     (("forward", "ping_pong"), 1, ".forward.ping_pong is 1, not one of (True"),
+    (("forward", "groups"), 4, ".forward.groups is 4, not one of (2, 3)"),
+    (("forward", "groups"), None, ".forward.groups is missing"),
     (("keys", "stages"), 3, ".keys.stages is 3, not one of (1, 2, 4)"),
     (("keys", "stages"), True, ".keys.stages is True, not one of"),
     (("keys", "stages"), 2.0, ".keys.stages is 2.0, not one of"),
@@ -114,6 +117,17 @@ def test_what_no_kernel_takes_is_one_line(files, path, value, said):
   assert "\n" not in message
 
 
+def test_three_warpgroups_are_for_narrow_heads(files):
+  entry = copy.deepcopy(ENTRY)
+  entry["forward"]["groups"] = 3
+  file = files[1]({"64": entry, "128": entry})
+  assert configs(64, 64).forward == ForwardConfig(64, 4, False, 3)
+  with pytest.raises(ValueError) as caught:
+    configs(64, 128)
+  said = f"{file}: best.128.forward.groups is 3, not one of (2,)"
+  assert str(caught.value) == said
+
+
 def test_packaged_tables_hold_what_kernels_take():
   """Every one in the package, and the rule of thumb."""
   for file in table.PACKAGED.glob("*/flash.json"):
@@ -121,12 +135,10 @@ def test_packaged_tables_hold_what_kernels_take():
     assert best
     for width, entry in best.items():
       assert int(width) in (64, 128, 192, 256)
-      parse(entry, f"{file}: best.{width}")
+      parse(entry, int(width), f"{file}: best.{width}")
   for width in (64, 128, 192, 256):
     found = guess(width)
-    assert found.forward.block_k in module.ALLOWED["block_k"]
-    for config in (found.forward, found.queries, found.keys):
-      assert config.stages in module.ALLOWED["stages"]
+    assert parse(dataclasses.asdict(found), width, "") == found
 
 
 @pytest.mark.parametrize(
@@ -142,7 +154,8 @@ def test_packaged_tables_fit_where_values_have_another_width(file, monkeypatch):
     def gradients(args, do, dlse, call=call):
       return jax.vjp(call.function(), *args)[1]((do, dlse))
 
-    entry = found["best"].get(str(max(widths)))
-    want = parse(entry, "") if entry else guess(max(widths))
+    width = max(widths)
+    entry = found["best"].get(str(width))
+    want = parse(entry, width, "") if entry else guess(width)
     assert configs(*widths) == want
     assert "flash_backward_dq" in lowered(gradients, *shapes(call))[1]

@@ -12,7 +12,7 @@ from isthmus.pallas.compat import has_mosaic, interpreted
 if not has_mosaic():
   pytest.skip("the kernels need jax 0.11", allow_module_level=True)
 
-from isthmus.pallas.flash.items import chunk, each_item
+from isthmus.pallas.flash.items import chunk, each_item, rounds
 from isthmus.pallas.flash.tile import launch
 
 
@@ -22,11 +22,11 @@ def test_a_cta_takes_several_items_only_if_they_are_short():
   for items, steps in itertools.product((1, 9, 400, 1000, 4096, 65536), (1, 9)):
     each = chunk(items, steps)
     ctas = -(-items // each)
-    rounds = -(-ctas // 132)
+    assert rounds(ctas) == -(-ctas // 132)
     assert each * steps <= 64
     if each > 1:
       several += 1
-      assert rounds * 132 * each <= 1.1 * items
+      assert rounds(ctas) * 132 * each <= 1.1 * items
     assert chunk(items, 64) == chunk(items, float("inf")) == 1
   assert several > 5 and chunk(400, 1) == chunk(132, 1) == 1
   assert chunk(4096, 16) == chunk(65536, 16) == 4 and chunk(4096, 0) > 30

@@ -4,6 +4,7 @@ Where there is no GPU the kernels are interpreted, a few small calls each of
 which takes seconds; lowering for CUDA needs no GPU either.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -184,6 +185,19 @@ def check_window():
   equals_oracle(call, call.vjp((q, k, v)))
 
 
+def check_long_tiles():
+  """NaN in keys that no query sees; tiles of 192 queries, some without keys."""
+  call = Call((380, 400), (1, 1), predicate=Band(50, 0, -100))
+  (q, k, v), *_ = call.arrays()
+  unseen = ~call.mask().any(axis=(0, 1, 2))
+  assert unseen[256:384].any() and not unseen[256:384].all()
+  hole = jnp.asarray(unseen)[None, :, None, None]
+  k, v = jnp.where(hole, jnp.nan, k), jnp.where(hole, jnp.nan, v)
+  with three_warpgroups():
+    mask = equals_oracle(call, call.vjp((q, k, v)))
+  assert not mask[:, :, :100].any() and mask[:, :, 100:].any(-1).all()
+
+
 def check_unlisted():
   """NaN in a block of keys that no list has, and in one of queries without."""
   full = np.zeros((1, 1, 3, 3), bool)
@@ -269,7 +283,25 @@ SEVERAL = {
     CALLS["lists of heads, causal"], widths=(128, 128)
   ),
   "an odd number of tiles": Call((100, 130), (11, 1), predicate=Band(60, 0)),
+  "three warpgroups": Call((400, 130), predicate=Band(None, 0, -64)),
 }
+
+
+@contextlib.contextmanager
+def three_warpgroups(used=True):
+  """Asserts that the forward kernel was built for three, or for two alone."""
+  from isthmus.pallas.flash import mosaic_forward
+
+  groups, forward = set(), mosaic_forward.forward
+
+  def watched(*args):
+    groups.add(args[-1].groups)
+    return forward(*args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mosaic_forward, "forward", watched)
+    yield
+  assert groups == {3 if used else 2}
 
 
 def check_several(name):
@@ -283,7 +315,8 @@ def check_several(name):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mosaic_forward, "each_item", watched)
-    assert equals_oracle(SEVERAL[name]).any()
+    with three_warpgroups(name == "three warpgroups"):
+      assert equals_oracle(SEVERAL[name]).any()
   assert taken and min(taken) > 1
 
 
@@ -321,6 +354,11 @@ def test_keys_are_copied_only_where_the_predicate_hides_some():
 @needs_mosaic
 def test_nan_outside_of_every_window_does_not_leak():
   check_window()
+
+
+@needs_mosaic
+def test_nan_outside_of_the_windows_of_long_tiles_does_not_leak(two_processors):
+  check_long_tiles()
 
 
 @needs_mosaic
@@ -529,6 +567,11 @@ def test_equals_oracle_on_gpu(name):
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_tiles_a_cta_on_gpu(name, two_processors):
   check_several(name)
+
+
+@pytest.mark.gpu
+def test_padding_of_long_tiles_on_gpu(two_processors):
+  check_long_tiles()
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from isthmus.pallas.compat import has_mosaic
 if not has_mosaic():
   pytest.skip("the kernels need jax 0.11", allow_module_level=True)
 
-from isthmus.pallas.flash.configs import ALLOWED, guess
+from isthmus.pallas.flash.configs import allowed, guess
 from isthmus.pallas.flash.mosaic_backward import (
   BackwardConfig,
   backward_keys,
@@ -27,7 +27,7 @@ from tests.pallas.flash.hopper import Call, lowered, on, shapes
 
 CONFIGS = [
   BackwardConfig(*values)
-  for values in itertools.product(ALLOWED["block"], ALLOWED["stages"])
+  for values in itertools.product(allowed(64)["block"], allowed(64)["stages"])
 ]
 CALL = Call((200, 136), (2, 1), predicate=Band(100, 20, -30))
 

@@ -71,7 +71,7 @@ def tiles_of(row, rows, cols, band, block, ragged):
   return seen.any(axis=(0, 2)), every
 
 
-@pytest.mark.parametrize("block", [(128, 128), (8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (6, 4), (4, 8)], ids=str)
 @pytest.mark.parametrize(
   "sides", list(itertools.product((True, False), repeat=2)), ids=str
 )
@@ -166,6 +166,21 @@ def test_tiles_of_queries_are_in_order_of_their_work():
     assert tuple(map(int, found)) == (*at, row)
     keys = [int(walk.index(step)) for step in range(int(walk.total))]
     assert keys == np.flatnonzero(full[(*at, row)]).tolist()
+
+
+@pytest.mark.parametrize("t", [1, 192, 400])
+def test_tiles_of_queries_may_be_longer_than_those_of_keys(t):
+  heads, rows, s, band = 2, -(-t // 192), 300, Band(100, 0)
+  plan = Plan((t, s), band=band)
+  for item in range(3 * heads * rows):
+    pair, place = divmod(item, rows)
+    *found, walk = query_tile(plan.arrays(), plan, heads, jnp.int32(item), 192)
+    row = rows - 1 - place
+    assert tuple(map(int, found)) == (*divmod(pair, heads), row)
+    some, every = tiles_of(row, t, s, band, (192, 128), True)
+    met = [int(walk.index(jnp.int32(x))) for x in range(int(walk.total))]
+    assert sorted(met) == np.flatnonzero(some).tolist()
+    assert set(met[int(walk.partial) :]) == set(np.flatnonzero(every))
 
 
 @pytest.mark.parametrize(
