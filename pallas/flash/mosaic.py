@@ -168,7 +168,8 @@ def _walk(options, config, q, k, v, sinks, extras):
   k, v = _clean_keys(options, q, k, v, extras)
   plan = _plan(options, q, k, extras, sinks)
   arrays = (_even(x) for x in (q, k, v))
-  o, lse = forward(*arrays, plan, options, fitted(config, b * n, t))
+  config = fitted(config, b * n, t, plan.lists is not None)
+  o, lse = forward(*arrays, plan, options, config)
   return o[:, :t], lse[..., :t]
 
 
