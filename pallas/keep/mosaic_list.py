@@ -215,7 +215,7 @@ class _Warp:
     text += f"shfl.sync.{how}.b32 $0|p, $2, {by}, {clamp}, 0xffffffff; "
     text += "selp.b32 $1, 1, 0, p; }"
     pair = self.llvm.StructType.get_literal([self.i32, self.i32])
-    found = self.llvm.inline_asm(
+    found: Any = self.llvm.inline_asm(
       pair, [x], text, "=r,=r,r", has_side_effects=True
     )
     return [self.llvm.extractvalue(self.i32, found, [i]) for i in range(2)]

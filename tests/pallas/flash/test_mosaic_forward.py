@@ -130,12 +130,11 @@ def test_the_most_that_three_warpgroups_need_fits_in_shared_memory():
   ],
 )
 def test_three_warpgroups_only_where_they_save_a_round(pairs, t, groups):
-  config = ForwardConfig(64, 4, True, 3)
-  two = ForwardConfig(64, 4, False, 2)
+  config, two = ForwardConfig(64, 4, True, 3), ForwardConfig(64, 4, True, 2)
   assert fitted(config, pairs, t, False) == (config if groups == 3 else two)
-  assert fitted(config, pairs, t, True) == two
-  two = ForwardConfig(64, 4, True, 2)
-  assert fitted(two, pairs, t, False) == fitted(two, pairs, t, True) == two
+  assert fitted(two, pairs, t, False) == two
+  listed = ForwardConfig(64, 4, False, 2)
+  assert fitted(config, pairs, t, True) == fitted(two, pairs, t, True) == listed
 
 
 def test_what_does_not_fit_is_said_while_lowering():
