@@ -82,7 +82,7 @@ def each_item(items: int, each: int, function: Callable[..., Any]) -> Any:
   if each == 1:
     return function(0, cta, jnp.int32(0))
   place = lambda i: jnp.where(rem(i, 2) == 0, cta, ctas - 1 - cta)
-  rounds, rest = divmod(items, ctas)
-  count = rounds + (place(jnp.int32(rounds)) < rest).astype(jnp.int32)
+  whole, rest = divmod(items, ctas)
+  count = whole + (place(jnp.int32(whole)) < rest).astype(jnp.int32)
   one = lambda i, done: function(i, i * ctas + place(i), done)
   return lax.fori_loop(0, count, one, jnp.int32(0))

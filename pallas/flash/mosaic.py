@@ -164,12 +164,12 @@ _LOG2E = 1.4426950408889634
 def _walk(options, config, q, k, v, sinks, extras):
   from isthmus.pallas.flash.mosaic_forward import fitted, forward
 
-  (b, t, n, _), config = q.shape, config.forward
+  b, t, n, _ = q.shape
   k, v = _clean_keys(options, q, k, v, extras)
   plan = _plan(options, q, k, extras, sinks)
   arrays = (_even(x) for x in (q, k, v))
-  config = fitted(config, b * n, t, plan.lists is not None)
-  o, lse = forward(*arrays, plan, options, config)
+  fit = fitted(config.forward, b * n, t, plan.lists is not None)
+  o, lse = forward(*arrays, plan, options, fit)
   return o[:, :t], lse[..., :t]
 
 

@@ -240,10 +240,8 @@ class _Warp:
   def sum_from(self, least):
     """The weights of all numbers that are not less."""
     text = "{ .reg .pred p; setp.ge.s32 p, $2, $3; mov.f32 $0, $1; "
-    one = self.utils.c(1.0, self.f32)
     sums = [self.utils.c(0.0, self.f32)] * min(4, len(self.bits))
     for i, x in enumerate(self.bits):
-      weight = one if self.count else self.arith.bitcast(self.f32, x)
       sums[i % len(sums)] = self.asm(
         self.f32,
         text + "@p add.f32 $0, $0, $4; }",
@@ -251,11 +249,9 @@ class _Warp:
         sums[i % len(sums)],
         x,
         least,
-        weight,
+        self.weight(x),
       )
-    while len(sums) > 1:
-      sums = [self.arith.addf(*sums[i : i + 2]) for i in range(0, len(sums), 2)]
-    return self.across(sums[0], self.arith.addf)
+    return self.across(_fold(self.arith.addf, sums), self.arith.addf)
 
   def weight(self, bits):
     if self.count:
@@ -351,19 +347,19 @@ class _Warp:
     sure, reached = self.words(high), self.words(low)
     equal = [a.xori(x, y) for x, y in zip(reached, sure, strict=True)]
     # Of those that are alike, as many as are wanted still.
-    rank = self.before(self.counted(equal))
-    weight = self.weight(low)
+    count = self.counted(equal)
+    rank, weight = self.before(count), self.weight(low)
 
     def lacks(rank):
       part = a.mulf(weight, a.uitofp(self.f32, rank))
       return self.below(a.addf(have, part), target)
 
-    end = a.addi(rank, self.counted(equal))
-    last = self.loop(
+    end = a.addi(rank, count)
+    (last,) = self.loop(
       (rank,),
       lambda x: a.andi(self.is_("slt", x, end), lacks(x)),
       lambda x: (a.addi(x, self.number(1)),),
-    )[0]
+    )
     equal = self.first(equal, a.subi(last, rank))
     own = a.muli(self.lane, self.number(len(self.bits)))
     forced, ends = a.subi(forced, own), a.subi(ends, own)

@@ -76,12 +76,11 @@ Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   left to read; it does not hold of PBS by query head on drawn ones (.208 at
   128K, .182 at 256K). With a faster `keep`, drawn, 256K, another H100: mass
   67.9, .108; ProxyAttn 62.2, .137; PBS by kv head 42.6, .113. SHA-256 of
-  SmolLM2's queries and keys at 128K begins with
-  a50a4ad59626, at 256K with 5226af1af43f. `deep` on an H100, with a slower
-  choice, at 128K: cuDNN 10,907 ms, our dense attention 10,309, PBS by kv head
-  3,884 (.13 of the blocks), ProxyAttn 3,398 (.08), mass 3,801 (.13); on an
-  H200, with a still slower one, at 32K 1,179, 1,159 and, PBS, 848 (.25);
-  measured by us
+  SmolLM2's queries and keys at 128K begins with a50a4ad59626, at 256K with
+  5226af1af43f. `deep` on an H100, with a slower choice, at 128K: cuDNN 10,907
+  ms, our dense attention 10,309, PBS by kv head 3,884 (.13 of the blocks),
+  ProxyAttn 3,398 (.08), mass 3,801 (.13); on an H200, with a still slower one,
+  at 32K 1,179, 1,159 and, PBS, 848 (.25); measured by us
 Check: none
 """
 
