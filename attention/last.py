@@ -41,11 +41,44 @@ def last_importance(
     [[[0.25, 0.25, 0.25, 0.25]]]
   """
   q, scale = _last(q, rows, scale)
-  # Only the lse is wanted; groups of 128 keys leave the fewest numbers.
-  options = Options(128, "sum", causal, scale)
-  _, lse = LOGITS(q, k, options=options, impl=impl)
+  _, lse = LOGITS(q, k, options=_lse(causal, scale), impl=impl)
   options = ImportanceOptions(causal, scale)
   return IMPORTANCE(q, k, lse, options=options, impl=impl) / q.shape[1]
+
+
+def importance_and_means(
+  q: Float[Array, "b t n d"],
+  k: Float[Array, "b s k d"],
+  *,
+  rows: int,
+  causal: bool,
+  scale: float | None = None,
+  impl: Any = None,
+) -> tuple[Float[Array, "b n s"], Float[Array, "b m n d"]]:
+  """`last_importance`, and the means of all query blocks, found beside it.
+
+  To read all queries takes memory's time, to look from the last ones that of
+  arithmetic: a kernel that does both takes less than both.
+
+  Args:
+    q, k, rows, causal, scale, impl: as in `last_importance`.
+
+  Returns:
+    (importance, `pool_blocks(q, BLOCK)`); the means may differ by a rounding.
+
+  Example:
+    >>> q = k = jnp.ones((1, 300, 1, 8))
+    >>> found, means = importance_and_means(q, k, rows=1, causal=True)
+    >>> found.shape, means[0, :, 0, 0].tolist()
+    ((1, 1, 300), [1.0, 1.0, 0.34375])
+  """
+  some, scale = _last(q, rows, scale)
+  _, lse, means = LOGITS(
+    some, k, options=_lse(causal, scale), tokens=q, impl=impl
+  )
+  options = ImportanceOptions(causal, scale)
+  found = IMPORTANCE(some, k, lse, options=options, impl=impl)
+  return found / some.shape[1], means
 
 
 def last_mass(
@@ -80,6 +113,10 @@ def last_mass(
   per = block // side
   found = jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[2] % per)))
   return found.reshape(*found.shape[:2], -1, per).sum(axis=3)
+
+
+def _lse(causal, scale):
+  return Options(128, "none", causal, scale)
 
 
 def _last(q, rows, scale):

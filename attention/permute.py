@@ -17,13 +17,14 @@ from jaxtyping import Array, Float, Int32
 
 from isthmus.attention.block_mask import BlockMask
 from isthmus.attention.keep import keep_mass
-from isthmus.attention.last import last_importance
+from isthmus.attention.last import importance_and_means, last_importance
 from isthmus.attention.pooling import block_scores, pool_blocks
 from isthmus.attention.sdpa import attention, check_shapes
 from isthmus.attention.select import check_own
 from isthmus.pallas.flash.lists import Lists, compact
 from isthmus.pallas.flash.plan import ranges
 from isthmus.pallas.flash.predicate import Positions
+from isthmus.pallas.pool.api import BLOCK
 
 
 def key_order(
@@ -55,17 +56,22 @@ def key_order(
     >>> key_order(jnp.ones_like(k), k, block=1, segment=2).tolist()
     [[[1, 0, 3, 2, 4]]]
   """
-  (b, t, n, _), heads = q.shape, k.shape[2]
-  whole = t // segment * segment
-  index = jnp.arange(t, dtype=jnp.int32)
+  whole = k.shape[1] // segment * segment
   if not whole:
-    return jnp.broadcast_to(index, (b, heads, t))
+    return _order(jnp.zeros((*q.shape[:3:2], 0)), k, segment)
   found = last_importance(
     q, k[:, :whole], rows=block, causal=False, scale=scale
   )
-  found = found.reshape(b, heads, n // heads, -1, segment).mean(axis=2)
+  return _order(found, k, segment)
+
+
+def _order(found, k, segment):
+  """Of importance [b n keys of whole segments], the order of all keys."""
+  (b, n, whole), (t, heads) = found.shape, k.shape[1:3]
+  found = found.reshape(b, heads, n // heads, whole // segment, segment)
   # Stable, so that of equal ones the first comes first.
-  order = jnp.argsort(-found, axis=-1).astype(jnp.int32)
+  order = jnp.argsort(-found.mean(axis=2), axis=-1).astype(jnp.int32)
+  index = jnp.arange(t, dtype=jnp.int32)
   order = order + index[:whole:segment, None]
   order = order.reshape(b, heads, whole)
   tail = jnp.broadcast_to(index[whole:], (b, heads, t - whole))
@@ -138,10 +144,17 @@ def pbs_select(
       f"the segment is {segment} tokens, not a multiple of the block, {block}"
     )
   scale = d**-0.5 if scale is None else scale
-  if order is None:
-    order = key_order(q, k, block=block, segment=segment, scale=scale)
-  means = pool_blocks(q, block), pool_blocks(reorder(k, order), block)
-  score = block_scores(*means, scale)
+  whole = t // segment * segment
+  if order is None and whole and block == BLOCK:
+    found, means = importance_and_means(
+      q, k[:, :whole], rows=block, causal=False, scale=scale
+    )
+    order = _order(found, k, segment)
+  else:
+    if order is None:
+      order = key_order(q, k, block=block, segment=segment, scale=scale)
+    means = pool_blocks(q, block)
+  score = block_scores(means, pool_blocks(reorder(k, order), block), scale)
   index = np.arange(score.shape[-1], dtype=np.int32)
   per = segment // block
   past = index // per * per  # how many blocks are before its segment

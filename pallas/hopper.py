@@ -11,6 +11,8 @@ from isthmus.pallas.dispatch import platform
 
 #: The head widths that kernels are compiled for; others are padded with zeros.
 WIDTHS = (64, 128, 192, 256)
+#: Processors of a GPU, and registers of one.
+PROCESSORS, REGISTERS = 132, 65536
 
 
 def refuse_machine() -> str | None:
@@ -71,3 +73,35 @@ def padded(x: Shaped[Array, "b t n d"], tile: int) -> Shaped[Array, "b T n D"]:
   width = next(size for size in WIDTHS if size >= x.shape[3])
   ends = ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, width - x.shape[3]))
   return jnp.pad(x, ends)
+
+
+def walks(work: float, steps: int) -> int:
+  """Into how many a row of tiles is cut, that processors have as much to do.
+
+  As many as leave none shorter than an even share of all the work; of more,
+  some would start when the others are done.
+
+  Args:
+    work: tiles of all rows.
+    steps: those of a row.
+
+  Example:
+    >>> walks(16 * 256, 256), walks(1000 * 256, 256)
+    (8, 1)
+  """
+  return max(int(steps // max(work / PROCESSORS, 1)), 1)
+
+
+def registers(workers: int, few: int) -> int:
+  """Those of a worker's thread, where one warpgroup more has few.
+
+  Args:
+    workers: warpgroups that compute.
+    few: registers of a thread of the other one.
+
+  Example:
+    >>> registers(4, 24), registers(2, 24)
+    (112, 240)
+  """
+  equal = REGISTERS // (128 * (workers + 1)) // 8 * 8
+  return (equal * (workers + 1) - few) // workers // 8 * 8

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+REDUCE = ("max", "sum", "none")
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -9,7 +11,8 @@ class Options:
 
   Attributes:
     side: keys that are reduced to one number; divides 128.
-    reduce: "max" of logits, or "sum", the logarithm of their exponentials'.
+    reduce: "max" of logits, or "sum", the logarithm of their exponentials', or
+      "none": only the lse of all keys is wanted.
     causal: a query sees keys up to its own, the last query standing at the
       last key.
     scale: factor on the logits.
@@ -27,5 +30,5 @@ class Options:
   def __post_init__(self):
     if self.side < 1 or 128 % self.side:
       raise ValueError(f"side is {self.side}; it divides 128")
-    if self.reduce not in ("max", "sum"):
-      raise ValueError(f"reduce is {self.reduce!r}, not of ('max', 'sum')")
+    if self.reduce not in REDUCE:
+      raise ValueError(f"reduce is {self.reduce!r}, not of {REDUCE}")

@@ -15,29 +15,34 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from isthmus.pallas import hopper
 from isthmus.pallas.flash.tile import (
   ROWS,
   div,
   drain,
   filled,
-  launch,
   product,
   rem,
   spread,
   tiled,
   wgmma,
 )
+from isthmus.pallas.pool.mosaic_beside import (
+  FEW,
+  SOME,
+  Pooling,
+  beside,
+  launch_beside,
+)
 from isthmus.pallas.scores.api import Options as Options
 
 LOG2E = math.log2(math.e)
-#: Keys of a tile, and the processors that walks are to keep busy.
-TILE, PROCESSORS = 128, 132
-#: Registers of a thread that only loads, and of all threads of a CTA.
-FEW, ALL = 24, 65536
+#: Keys of a tile.
+TILE = 128
 
 
 @functools.partial(jax.jit, static_argnames=("lengths", "options"))
-def reduce_tiles(q, k, *, lengths, options):
+def reduce_tiles(q, k, tokens=None, *, lengths, options):
   """What `ref.reduce_logits` reduces, of padded arrays.
 
   Groups of tiles that a causal mask hides from all queries that are side by
@@ -46,18 +51,21 @@ def reduce_tiles(q, k, *, lengths, options):
   Args:
     q: [b t n d]; t is a multiple of ROWS, d of 64.
     k: [b s k d]; s is a multiple of TILE.
+    tokens: whose whole blocks are pooled meanwhile, as `Pooling` takes them,
+      or None; only with reduce "none", for lack of memory.
     lengths: (queries, keys) that count.
     options: an `Options`; side is a multiple of 8.
 
   Returns:
-    float32 [b n s / side t]; and the lse of each walk, [b n walks t].
+    float32 [b n s / side t], or None if none is wanted; the lse of each walk,
+    [b n walks t]; and the means of the blocks, or None.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
     >>> run = functools.partial(
     ...   reduce_tiles, lengths=(100, 100), options=Options(side=32)
     ... )
-    >>> [y.shape for y in jax.eval_shape(run, x, x)]
+    >>> [y.shape for y in jax.eval_shape(run, x, x) if y]
     [(1, 2, 4, 128), (1, 2, 1, 128)]
   """
   (b, t, n, d), (s, heads) = q.shape, k.shape[1:3]
@@ -67,16 +75,21 @@ def reduce_tiles(q, k, *, lengths, options):
   units = t // ROWS * group
   workers = 4 if units > 2 and d <= 128 else 2
   stages = 3 if d <= 128 else 2
-  parts, registers = -(-units // workers), _registers(workers)
-  rows = b * heads * parts
+  parts = -(-units // workers)
   share = _seen(*lengths) if options.causal else 1
-  walks = _walks(rows * steps * share, steps)
-  reach = -(-steps // walks)
+  walks = hopper.walks(b * heads * parts * steps * share, steps)
+  reach, items = -(-steps // walks), b * heads * parts * walks
+  pooling = None if tokens is None else Pooling(tokens.shape, items)
+  few = FEW if pooling is None else SOME
+  registers = hopper.registers(workers, few)
+  numbers = options.reduce != "none"
 
-  def body(q_ref, k_ref, o_ref, lse_ref, q_smem2, k_smem, o_smem3, *rest):
-    lse_smem2, q_full, k_full, k_free = rest
-    wg, item = lax.axis_index("wg"), lax.axis_index("item")
-    kv_head, item = rem(item, heads), div(item, heads)
+  def body(q_ref, k_ref, *rest):
+    o_ref, *rest = rest if numbers else (None, *rest)
+    lse_ref, q_smem2, k_smem, lse_smem2, q_full, k_full, k_free, *rest = rest
+    o_smem3, pooled = rest if numbers else (None, *rest)
+    wg, cta = lax.axis_index("wg"), lax.axis_index("item")
+    kv_head, item = rem(cta, heads), div(cta, heads)
     walk, item = rem(item, walks), div(item, walks)
     # Where queries see all before them, the last ones have most to do.
     batch, part = rem(item, b), parts - 1 - div(item, b)
@@ -110,11 +123,13 @@ def reduce_tiles(q, k, *, lengths, options):
         plgpu.barrier_arrive(k_free.at[slot])
         if masked:
           x = _visible(x, (base, (begin + step) * TILE), lengths, options)
-        numbers, carry = _reduced(x, *carry, options)
+        found, carry = _reduced(x, *carry, options)
+        if not numbers:
+          return carry
         o_smem = o_smem3.at[wg, rem(step, 2)]
         # The numbers of two tiles before have been read.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        for i, number in enumerate(numbers):
+        for i, number in enumerate(found):
           o_smem.at[i][...] = number * (1 / LOG2E)
         plgpu.commit_smem()
         groups = pl.ds((begin + step) * per, per)
@@ -140,38 +155,43 @@ def reduce_tiles(q, k, *, lengths, options):
 
     @pl.when(wg == workers)
     def _load():
-      plgpu.set_max_registers(FEW, action="decrease")
+      plgpu.set_max_registers(few, action="decrease")
 
-      @pl.loop(0, total)
-      def _(step):
+      def fetch(step):
         slot = rem(step, stages)
         keys = pl.ds((begin + step) * TILE, TILE)
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
         source = k_ref.at[batch, keys, kv_head]
         plgpu.copy_gmem_to_smem(source, k_smem.at[slot], k_full.at[slot])
 
+      beside(pooling, pooled, cta, total, reach, fetch)
       drain(total, stages, k_free)
 
-  return launch(
+  found = launch_beside(
     body,
     (q, k),
+    tokens,
+    pooling,
     out_type=(
-      jax.ShapeDtypeStruct((b, n, steps * per, t), jnp.float32),
+      *((jax.ShapeDtypeStruct((b, n, steps * per, t), jnp.float32),) * numbers),
       jax.ShapeDtypeStruct((b, n, walks, t), jnp.float32),
     ),
     scratch=(
       tiled((workers, ROWS, d), q.dtype),
       tiled((stages, TILE, d), k.dtype),
-      plgpu.SMEM((workers, 2, per, ROWS), jnp.float32),
       plgpu.SMEM((workers, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=workers),
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
+      *((plgpu.SMEM((workers, 2, per, ROWS), jnp.float32),) * numbers),
     ),
-    items=b * heads * parts * walks,
+    items=items,
     threads=workers + 1,
     name="reduce_logits",
   )
+  reduced, *found = found if numbers else (None, *found)
+  walks, *means = found
+  return reduced, walks, *(means or [None])
 
 
 def _seen(queries, keys):
@@ -179,21 +199,6 @@ def _seen(queries, keys):
   if queries > keys:
     return keys / (2 * queries)
   return 1 - queries / (2 * keys)
-
-
-def _walks(work, steps):
-  """Into how many a row of tiles is cut.
-
-  As many as leave none shorter than an even share of all the work; of more,
-  some would start when the others are done.
-  """
-  return max(int(steps // max(work / PROCESSORS, 1)), 1)
-
-
-def _registers(workers):
-  """Of a worker's threads, one warpgroup needing few."""
-  equal = ALL // (128 * (workers + 1)) // 8 * 8
-  return (equal * (workers + 1) - FEW) // workers // 8 * 8
 
 
 def _visible(x, start, lengths, options):
@@ -218,6 +223,8 @@ def _reduced(x, top, denominator, options):
   def sums(x, top):
     return jnp.exp2(x * factor - spread(top, x.shape, 0)).sum(axis=1)
 
+  if options.reduce == "none":
+    side = TILE
   parts = [x[:, i : i + side] for i in range(0, TILE, side)]
   numbers = [part.max(axis=1) * factor for part in parts]
   if options.reduce == "sum":

@@ -1,9 +1,13 @@
 """Reduced logits in plain XLA, some rows at a time."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from isthmus.pallas.pool.api import BLOCK
+from isthmus.pallas.pool.ref import pool_blocks
 from isthmus.pallas.precision import exact_dot
 from isthmus.pallas.scores.api import Options
 
@@ -16,7 +20,8 @@ def reduce_logits(
   k: Float[Array, "b s k d"],
   *,
   options: Options,
-) -> tuple[Float[Array, "b n m t"], Float[Array, "b n t"]]:
+  tokens: Float[Array, "b T n e"] | None = None,
+) -> tuple[Any, ...]:
   """Of each query and each group of keys one number, and of all keys the lse.
 
   `max_{j in m} x_ij`, or `log sum_{j in m} exp(x_ij)`, `x_ij = scale q_i . k_j`
@@ -25,9 +30,11 @@ def reduce_logits(
   Args:
     q, k: queries and keys.
     options: see `isthmus.pallas.scores.api`.
+    tokens: whose blocks of BLOCK are to be pooled besides.
 
   Returns:
-    (reduced, lse), `lse_i = log sum_j exp(x_ij)` over all that i sees.
+    (reduced [b n m t] or None, lse [b n t]), `lse_i = log sum_j exp(x_ij)` over
+    all that i sees; with tokens, `pool_blocks(tokens, BLOCK)` too.
 
   Example:
     >>> k = jnp.array([1.0, 2, 3, 4]).reshape(1, 4, 1, 1)
@@ -55,10 +62,14 @@ def reduce_logits(
       seen = seen & (key <= row[:, None] + (s - t))
     x = jnp.where(seen, x.reshape(b, n, some, groups * side), -jnp.inf)
     lse = jax.nn.logsumexp(x, axis=3)
+    if options.reduce == "none":
+      return None, lse
     x = x.reshape(b, n, some, groups, side)
     reduce = jnp.max if options.reduce == "max" else jax.nn.logsumexp
     return jnp.swapaxes(reduce(x, axis=4), 2, 3), lse
 
   reduced, lse = jax.lax.map(meet, (first, q))
-  reduced = jnp.moveaxis(reduced, 0, 3).reshape(b, n, groups, -1)[..., :t]
-  return reduced, jnp.moveaxis(lse, 0, 2).reshape(b, n, -1)[..., :t]
+  if reduced is not None:
+    reduced = jnp.moveaxis(reduced, 0, 3).reshape(b, n, groups, -1)[..., :t]
+  lse = jnp.moveaxis(lse, 0, 2).reshape(b, n, -1)[..., :t]
+  return reduced, lse, *([] if tokens is None else [pool_blocks(tokens, BLOCK)])

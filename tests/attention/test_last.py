@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isthmus.attention.last import last_importance, last_mass
+from isthmus.attention.last import (
+  importance_and_means,
+  last_importance,
+  last_mass,
+)
+from isthmus.attention.pooling import pool_blocks
 from isthmus.pallas.scores.api import Options
 from tests.attention.oracle import inputs
 from tests.pallas.scores.cases import logits
@@ -34,6 +39,17 @@ def test_equals_the_whole_softmax(rows, keys, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("t", [300, 256, 60])
+def test_means_of_all_queries_come_with_it(t, causal):
+  """Of whole blocks and a short one; queries may be more than keys."""
+  q, k, *_ = inputs(2, t, 37, 4, 2, 8)
+  found, means = importance_and_means(q, k, rows=20, causal=causal, scale=0.7)
+  want = last_importance(q, k, rows=20, causal=causal, scale=0.7)
+  np.testing.assert_array_equal(found, want)
+  np.testing.assert_array_equal(means, pool_blocks(q, 128))
+
+
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block", [4, 16, 24, 256])
 @pytest.mark.parametrize("rows, keys", CASES)
 def test_mass_is_its_sum_over_blocks(rows, keys, block, causal):
@@ -52,6 +68,7 @@ def test_mass_is_its_sum_over_blocks(rows, keys, block, causal):
   "f",
   [
     lambda q, k: last_importance(q, k, rows=128, causal=True),
+    lambda q, k: importance_and_means(q, k, rows=128, causal=True),
     lambda q, k: last_mass(q, k, rows=128, block=128, causal=True),
   ],
 )

@@ -85,6 +85,17 @@ def test_any_order_within_segments_is_dense_attention():
   np.testing.assert_allclose(o, attention(Q, K, V, causal=True), atol=2e-6)
 
 
+@pytest.mark.parametrize("t", [700, 512, 200])
+def test_means_found_beside_the_order_choose_the_same(t):
+  """Of the default blocks; `order` given, nothing looks from the last ones."""
+  q, k, *_ = inputs(1, t, t, 4, 2, 8)
+  mask, order = pbs_select(q, k, threshold=0.5)
+  np.testing.assert_array_equal(order, key_order(q, k))
+  want, _ = pbs_select(q, k, threshold=0.5, order=order)
+  for x, y in zip(mask.to_blocks(), want.to_blocks(), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
 def kept_keys(mask, order):
   """Bool [b, n, t, s], by the keys' own places."""
   dense = np.broadcast_to(np.asarray(mask.to_dense()), (2, 4, 77, 77))

@@ -12,17 +12,12 @@ from tests.attention.oracle import inputs
 pytestmark = pytest.mark.once
 
 
-def test_means_divide_by_the_block_also_at_the_end():
+def test_scores_are_of_mean_queries_and_the_keys_they_share():
   q, k, *_ = inputs(2, 21, 21, 4, 2, 8)
-  means = np.asarray(pool_blocks(q, 8))
-  wide = np.pad(np.asarray(q), ((0, 0), (0, 3), (0, 0), (0, 0)))
-  np.testing.assert_allclose(
-    means, wide.reshape(2, 3, 8, 4, 8).mean(2), atol=1e-6
-  )
-  assert pool_blocks(q.astype(jnp.bfloat16), 8).dtype == jnp.bfloat16
-  score = block_scores(jnp.asarray(means), pool_blocks(k, 4), 0.5)
-  keys = np.repeat(np.asarray(pool_blocks(k, 4)), 2, axis=2)
-  want = np.einsum("bmnd,bgnd->bnmg", means, keys) * 0.5
+  means = [np.asarray(pool_blocks(x, size)) for x, size in ((q, 8), (k, 4))]
+  score = block_scores(*(jnp.asarray(x) for x in means), 0.5)
+  keys = np.repeat(means[1], 2, axis=2)
+  want = np.einsum("bmnd,bgnd->bnmg", means[0], keys) * 0.5
   np.testing.assert_allclose(score, want, atol=1e-6)
 
 

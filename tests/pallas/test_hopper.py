@@ -67,3 +67,26 @@ def test_what_is_added_is_zero():
   assert found.shape == (2, 128, 1, 128) and found.sum() == x.size
   np.testing.assert_array_equal(found[:, :100, :, :100], x)
   assert padded(found, 64).shape == found.shape
+
+
+@pytest.mark.parametrize(
+  "work, steps, walks",
+  [
+    (32768 / 256 * 256 / 2, 256, 2),  # a proxy's at 128K tokens
+    (65536 / 256 * 512 / 2, 512, 1),
+    (8192 / 256 * 64 / 2, 64, 8),
+    (3, 3, 3),  # fewer tiles than processors
+  ],
+)
+def test_walks_are_no_shorter_than_an_even_share(work, steps, walks):
+  found = hopper.walks(work, steps)
+  assert found == walks
+  assert steps / found >= min(work / hopper.PROCESSORS, steps)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("few", [24, 56])
+def test_registers_are_those_there_are(workers, few):
+  most = hopper.registers(workers, few)
+  assert most % 8 == 0 and most > few
+  assert 128 * (workers * most + few) <= hopper.REGISTERS

@@ -5,7 +5,7 @@ import pytest
 
 from isthmus.pallas.scores import ref
 from isthmus.pallas.scores.api import Options
-from tests.pallas.scores.cases import CASES, check
+from tests.pallas.scores.cases import CASES, check, check_pooled
 
 pytestmark = pytest.mark.once
 
@@ -27,3 +27,10 @@ def test_any_scale(scale):
   x = [[1.0, 1, 1, 1], [-jnp.inf, -jnp.inf, 3, 3]]
   want = jnp.where(jnp.isinf(jnp.array(x)), -jnp.inf, jnp.array(x) * scale)
   assert (found[0, 0] == want).all()
+
+
+@pytest.mark.parametrize("reduce", ["none", "sum"])
+@pytest.mark.parametrize("t", [300, 100])
+def test_blocks_are_pooled_besides(t, reduce):
+  shape = 2, t, 4, 24
+  assert check_pooled(ref.reduce_logits, shape, jnp.float32, reduce=reduce)

@@ -1,0 +1,1 @@
+"""Means of blocks of tokens, alone or beside what another kernel computes."""
