@@ -1,6 +1,7 @@
 """Where the kernels meet interfaces of jax that move between releases."""
 
 import contextlib
+from typing import Any
 
 import jax
 
@@ -29,6 +30,30 @@ def interpreting(kind: str = "gpu") -> bool:
     False
   """
   return _interpreting.value == kind
+
+
+def store(ref: Any, value: Any) -> None:
+  """`ref[...] = value`, to the GPU's memory, however few bytes a thread has.
+
+  jax 0.12 wants it said that these may be fewer than 4.
+
+  Args:
+    ref: of a kernel.
+    value: of its shape and dtype.
+
+  Example:
+    >>> import jax.experimental.pallas.mosaic_gpu as plgpu
+    >>> x = jax.ShapeDtypeStruct((128,), "int8")
+    >>> copy = plgpu.kernel(lambda x, y: store(y, x[...]), out_type=x)
+    >>> jax.eval_shape(copy, x).dtype
+    dtype('int8')
+  """
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
 
 
 @contextlib.contextmanager

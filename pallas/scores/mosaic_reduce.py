@@ -124,7 +124,7 @@ def reduce_tiles(q, k, tokens=None, *, lengths, options):
         if masked:
           x = _visible(x, (base, (begin + step) * TILE), lengths, options)
         found, carry = _reduced(x, *carry, options)
-        if not numbers:
+        if o_ref is None or o_smem3 is None:
           return carry
         o_smem = o_smem3.at[wg, rem(step, 2)]
         # The numbers of two tiles before have been read.
