@@ -27,8 +27,9 @@ Simplified: a model of 135M with 4-bit weights, which may have read this text in
   to 8K) has not been run, `deep` at 128K and in part at 32K.
 Command: python -m train.main --config sparse_prefill
 Claim: none
-Result: 4.8 to 40 times cuDNN at 128K, 8.7 to 68 at 256K, of .51 to .96 of the
-  mass; an 8B prefill 2.8 to 3.2 (H100); recall goes first (two CPU cores)
+Result: 4.5 to 40 times cuDNN at 128K, 8.8 to 79 at 256K, of .51 to .96 of the
+  mass (H200); an 8B prefill 2.8 to 3.2 (H100); recall goes first (two CPU
+  cores)
 Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   5.81, 1, .95. Window of 1/8, 1/4, 1/2: .43, 6.67, .90, .29; .60, 6.28, .94,
   .43; .85, 6.00, .97, .66. Top-k of the same: .32, 7.34, .83, .24; .49, 6.24,
@@ -75,12 +76,25 @@ Measured: causal blocks read, perplexity, agreement, digits recalled; dense 1,
   ProxyAttn at 256K (.155) on drawn ones, of which 1 to 12% of the blocks are
   left to read; it does not hold of PBS by query head on drawn ones (.208 at
   128K, .182 at 256K). With a faster `keep`, drawn, 256K, another H100: mass
-  67.9, .108; ProxyAttn 62.2, .137; PBS by kv head 42.6, .113. SHA-256 of
-  SmolLM2's queries and keys at 128K begins with a50a4ad59626, at 256K with
-  5226af1af43f. `deep` on an H100, with a slower choice, at 128K: cuDNN 10,907
-  ms, our dense attention 10,309, PBS by kv head 3,884 (.13 of the blocks),
-  ProxyAttn 3,398 (.08), mass 3,801 (.13); on an H200, with a still slower one,
-  at 32K 1,179, 1,159 and, PBS, 848 (.25); measured by us
+  67.9, .108; ProxyAttn 62.2, .137; PBS by kv head 42.6, .113. On one H200 with
+  that, means of queries found beside the lse of the last ones, and a faster
+  importance, one run, `levels.mass=(0.9,)`, `levels.proxy=(0.9,)`, the other
+  ways but `pbs-kv` empty: at most .128 of the time for the choice of each way
+  at every length on both arrays. Drawn, 32K to 256K (cuDNN 14.3, 56.4, 240,
+  1064 ms; ours 13.7, 54.6, 223, 895): mass 11.3, .100; 19.8, .085; 39.8, .087;
+  78.7, .095; PBS by kv head 7.8, .128; 13.2, .105; 25.7, .099; 50.0, .096;
+  ProxyAttn 7.2, .085; 14.2, .085; 29.7, .091; 63.3, .125. SmolLM2's (14.9,
+  61.9, 251, 1083; ours 14.2, 56.4, 226, 915): 3.4, .029; 3.8, .015; 4.5, .010;
+  9.1, .011; 3.1, .053; 3.7, .028; 4.7, .018; 9.2, .018; 4.1, .047; 5.1, .028;
+  10.4, .031; 8.8, .018; masses as on the H100. PBS asked for .98 at 128K and
+  256K 14.4 and 2.4, 23.3 and 4.6, of .97, .89, .97, .88. Its kernels at 32K
+  drawn, by the profiler: choice .236 ms, before .290; the pass 1.70, before
+  1.76. SHA-256 of SmolLM2's queries and keys at 128K begins with a50a4ad59626,
+  at 256K with 5226af1af43f; on the H200 with 6808bb6a19c3 and 1632aff59939.
+  `deep` on an H100, with a slower choice, at 128K: cuDNN 10,907 ms, our dense
+  attention 10,309, PBS by kv head 3,884 (.13 of the blocks), ProxyAttn 3,398
+  (.08), mass 3,801 (.13); on an H200, with a still slower one, at 32K 1,179,
+  1,159 and, PBS, 848 (.25); measured by us
 Check: none
 """
 
