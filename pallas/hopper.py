@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels take: a Hopper GPU, and arrays of some kinds."""
+"""A Hopper GPU, for the Mosaic GPU kernels: what they take, what it has."""
 
 from typing import Any
 
@@ -11,8 +11,10 @@ from isthmus.pallas.dispatch import platform
 
 #: The head widths that kernels are compiled for; others are padded with zeros.
 WIDTHS = (64, 128, 192, 256)
-#: Processors of a GPU, and registers of one.
+#: Processors of an H100 or H200 SXM, and registers of one.
 PROCESSORS, REGISTERS = 132, 65536
+#: Registers of a thread that only loads.
+FEW = 24
 
 
 def refuse_machine() -> str | None:

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from isthmus.pallas import hopper
 from isthmus.pallas.flash.tile import rem
 
-# Processors of an H100 or H200 SXM, a CTA on each.
-_PROCESSORS = 132
 # Steps that are worth a CTA, which takes the time of a few to begin and to end.
 _WORTH = 64
 
@@ -22,7 +21,7 @@ def rounds(ctas: int) -> int:
     >>> rounds(132), rounds(133)
     (1, 2)
   """
-  return math.ceil(ctas / _PROCESSORS)
+  return math.ceil(ctas / hopper.PROCESSORS)
 
 
 def chunk(items: int, steps: float) -> int:
@@ -41,7 +40,7 @@ def chunk(items: int, steps: float) -> int:
     (8, 1, 1)
   """
   for each in range(int(_WORTH // max(steps, 1)), 1, -1):
-    slots = rounds(math.ceil(items / each)) * each * _PROCESSORS
+    slots = rounds(math.ceil(items / each)) * each * hopper.PROCESSORS
     if slots <= 1.1 * items:
       return each
   return 1

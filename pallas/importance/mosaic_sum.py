@@ -31,8 +31,6 @@ from isthmus.pallas.importance.api import Options as Options
 LOG2E = math.log2(math.e)
 #: Queries of a tile, and tiles of keys in flight for each warpgroup.
 TILE, STAGES = 128, 2
-#: Registers of a thread that only loads.
-FEW = 24
 
 
 @functools.partial(jax.jit, static_argnames=("lengths", "options"))
@@ -66,7 +64,7 @@ def sum_tiles(q, k, lse, *, lengths, options):
   reach = -(-steps // parts)
   shift = lengths[1] - lengths[0]
   columns = plgpu.Layout.WGMMA.reduce(0)
-  registers = hopper.registers(workers, FEW)
+  registers = hopper.registers(workers, hopper.FEW)
 
   def body(q_ref, k_ref, lse_ref, o_ref, q_smem, k_smem, o_smem3, *rest):
     q_full, k_full, k_free = rest
@@ -112,7 +110,7 @@ def sum_tiles(q, k, lse, *, lengths, options):
 
     @pl.when(wg == workers)
     def _load():
-      plgpu.set_max_registers(FEW, action="decrease")
+      plgpu.set_max_registers(hopper.FEW, action="decrease")
       plgpu.copy_gmem_to_smem(q_ref.at[batch, span, head], q_smem, q_full)
 
       @pl.loop(0, total)

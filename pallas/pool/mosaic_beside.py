@@ -1,7 +1,7 @@
 """Means of blocks, by a warpgroup of a kernel that mostly waits.
 
 To read tokens is bound by memory, products of few queries are by arithmetic:
-beside each other, in one kernel, both take little longer than one of them.
+beside each other, in one kernel, they take less than one after the other.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ ROWS, STAGES = 64, 3
 LOADS = BLOCK // ROWS
 #: Numbers that a warpgroup reads at once.
 CHUNK = 1024
-#: Registers of a thread that only loads, and of one that pools too.
-FEW, SOME = 24, 56
+#: Registers of a thread that loads and pools.
+SOME = 56
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,6 @@ from isthmus.pallas.flash.tile import (
   wgmma,
 )
 from isthmus.pallas.pool.mosaic_beside import (
-  FEW,
   SOME,
   Pooling,
   beside,
@@ -80,7 +79,7 @@ def reduce_tiles(q, k, tokens=None, *, lengths, options):
   walks = hopper.walks(b * heads * parts * steps * share, steps)
   reach, items = -(-steps // walks), b * heads * parts * walks
   pooling = None if tokens is None else Pooling(tokens.shape, items)
-  few = FEW if pooling is None else SOME
+  few = hopper.FEW if pooling is None else SOME
   registers = hopper.registers(workers, few)
   numbers = options.reduce != "none"
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from isthmus.attention import save_attention
+from isthmus.pallas import hopper
 from isthmus.pallas.compat import has_mosaic, interpreted
 from isthmus.pallas.flash import mosaic
 from isthmus.pallas.flash.api import Extras, Options
@@ -231,10 +232,8 @@ def check_partly_empty():
 @pytest.fixture
 def two_processors(monkeypatch):
   """A GPU so small that its two CTAs take several tiles each."""
-  from isthmus.pallas.flash import items
-
   jax.clear_caches()
-  monkeypatch.setattr(items, "_PROCESSORS", 2)
+  monkeypatch.setattr(hopper, "PROCESSORS", 2)
   yield
   jax.clear_caches()
 
