@@ -61,6 +61,7 @@ def test_long_rows_on_gpu(d, dtype):
 POOLED = [
   ((2, 400, 4, 128), "none"),
   ((1, 1024, 4, 64), "none"),
+  ((1, 300, 2, 128), "none"),  # as many heads of keys: two warpgroups
   ((1, 300, 4, 40), "none"),
   ((1, 100, 2, 64), "none"),
   ((1, 300, 4, 64), "sum"),
