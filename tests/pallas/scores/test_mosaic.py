@@ -92,6 +92,14 @@ def test_blocks_are_pooled_besides_on_gpu(shape, reduce, dtype):
 
 
 @needs_mosaic
+def test_beside_the_most_numbers_there_is_no_memory_for_it():
+  x = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)
+  f = lambda x: mosaic.reduce_logits(x, x, options=Options(8), tokens=x)
+  text = jax.jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@needs_mosaic
 @pytest.mark.parametrize("d", [64, 128])
 def test_what_pools_is_the_kernel(d):
   """XLA reads the tokens for the last ones alone."""
