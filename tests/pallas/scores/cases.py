@@ -67,7 +67,9 @@ def check(reduce_logits, name, dtype):
   return True
 
 
-def check_pooled(reduce_logits, shape, dtype, *, heads=2, rows=128, reduce):
+def check_pooled(
+  reduce_logits, shape, dtype, *, heads=2, rows=128, reduce, repeats=0
+):
   """True: the means of all blocks come too, and nothing else changes.
 
   Args:
@@ -77,6 +79,7 @@ def check_pooled(reduce_logits, shape, dtype, *, heads=2, rows=128, reduce):
     heads: of keys.
     rows: queries.
     reduce: of `Options`.
+    repeats: how often the same bits are to come again.
   """
   b, t, n, d = shape
   tokens, *_ = inputs(b, t, 1, n, n, d, dtype=dtype)
@@ -101,6 +104,7 @@ def check_pooled(reduce_logits, shape, dtype, *, heads=2, rows=128, reduce):
     atol=1e-6,
     rtol=float(jnp.finfo(dtype).eps),
   )
-  for x, y in zip(run(tokens, k), (*found, means), strict=True):
-    assert (x is None and y is None) or (x == y).all()
+  for _ in range(repeats):
+    for x, y in zip(run(tokens, k), (*found, means), strict=True):
+      assert (x is None and y is None) or (x == y).all()
   return True

@@ -59,9 +59,8 @@ def test_long_rows_on_gpu(d, dtype):
 # More blocks than warpgroups that pool, fewer, a last one that is short, and
 # what the kernel leaves to XLA: other widths, no whole block, other numbers.
 POOLED = [
-  ((2, 400, 4, 128), "none"),
-  ((1, 1024, 4, 64), "none"),
-  ((1, 300, 2, 128), "none"),  # as many heads of keys: two warpgroups
+  ((2, 300, 2, 128), "none"),  # as many heads of keys: two warpgroups
+  ((1, 700, 4, 64), "none"),
   ((1, 300, 4, 40), "none"),
   ((1, 100, 2, 64), "none"),
   ((1, 300, 4, 64), "sum"),
@@ -87,8 +86,7 @@ def test_blocks_are_pooled_besides(shape, reduce, monkeypatch):
 )
 def test_blocks_are_pooled_besides_on_gpu(shape, reduce, dtype):
   run = mosaic.reduce_logits
-  for _ in range(2 if shape[1] < 5000 else 10):
-    assert check_pooled(run, shape, dtype, reduce=reduce)
+  assert check_pooled(run, shape, dtype, reduce=reduce, repeats=20)
 
 
 @needs_mosaic
