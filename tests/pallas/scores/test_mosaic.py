@@ -90,7 +90,8 @@ def test_blocks_are_pooled_besides_on_gpu(shape, reduce, dtype):
 
 
 @needs_mosaic
-def test_beside_the_most_numbers_there_is_no_memory_for_it():
+def test_it_lowers_alone_beside_the_most_numbers():
+  """For pooling there is no memory then."""
   x = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)
   f = lambda x: mosaic.reduce_logits(x, x, options=Options(8), tokens=x)
   text = jax.jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
@@ -99,7 +100,7 @@ def test_beside_the_most_numbers_there_is_no_memory_for_it():
 
 @needs_mosaic
 @pytest.mark.parametrize("d", [64, 128])
-def test_what_pools_is_the_kernel(d):
+def test_what_pools_is_lowered_as_the_kernel(d):
   """XLA reads the tokens for the last ones alone."""
   x = jax.ShapeDtypeStruct((1, 4096, 4, d), jnp.bfloat16)
   options = Options(128, "none", causal=False)
