@@ -58,7 +58,7 @@ def importance_and_means(
   """`last_importance`, and the means of all query blocks, found beside it.
 
   To read all queries takes memory's time, to look from the last ones that of
-  arithmetic: a kernel that does both takes less than both.
+  arithmetic: a kernel that does both takes less than one for each.
 
   Args:
     q, k, rows, causal, scale, impl: as in `last_importance`.
