@@ -207,23 +207,19 @@ def launch_beside(
     >>> jax.eval_shape(run, jnp.arange(2))[0].shape
     (2,)
   """
-  if pooling is None:
-    both, more = lambda *refs: body(*refs, ()), ((), (), ())
-  else:
-    ends = (len(arrays), len(out_type), len(scratch))
-    more = (
-      (tokens,),
-      (pooling.out_type(tokens.dtype),),
-      pooling.scratch(tokens.dtype),
-    )
+  more: tuple[tuple[Any, ...], ...] = (), (), ()
+  if pooling is not None:
+    means = pooling.out_type(tokens.dtype)
+    more = (tokens,), (means,), pooling.scratch(tokens.dtype)
+  ends = len(arrays), len(out_type), len(scratch)
 
-    def both(*refs):
-      own, others = [], []
-      for count, extra in zip(ends, more, strict=True):
-        own += refs[:count]
-        others += refs[count : count + len(extra)]
-        refs = refs[count + len(extra) :]
-      body(*own, tuple(others))
+  def both(*refs):
+    own, pooled = [], []
+    for count, extra in zip(ends, more, strict=True):
+      own += refs[:count]
+      pooled += refs[count : count + len(extra)]
+      refs = refs[count + len(extra) :]
+    body(*own, tuple(pooled))
 
   return launch(
     both,

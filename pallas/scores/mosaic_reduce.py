@@ -3,7 +3,8 @@
 Four warpgroups own 64 queries each, of heads that read the same keys, and a
 fifth brings in tiles of these. Of a tile each query leaves a number for every
 group of its keys; of all tiles of a walk, the logarithm of a sum, which are put
-together afterwards. So a long walk can be cut anywhere.
+together afterwards. So a long walk can be cut anywhere. The fifth may pool
+blocks of other tokens meanwhile.
 """
 
 import functools
